@@ -1,0 +1,1 @@
+"""Array kernels and the integer layouts they read: jax only, nothing of patterns, models or files."""

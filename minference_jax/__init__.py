@@ -1,0 +1,1 @@
+"""MInference prefill in JAX: sparse attention for long prompts."""

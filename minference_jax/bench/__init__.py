@@ -1,0 +1,1 @@
+"""Benchmarks: named cases as data, the oracle check before any time."""
