@@ -1,0 +1,87 @@
+"""The key/value cache of a model: plain arrays, written by the models, handed from call to call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens read so far, of all layers.
+
+    Attributes:
+        k: keys [L, B, S, K, H]: layers, batch, capacity in tokens, KV heads, head_dim.
+        v: values [L, B, S, K, H].
+        length: int32 [B], tokens written in each row; what lies at or beyond it is padding.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of tokens a row can hold."""
+        return self.k.shape[2]
+
+
+def init_cache(
+    num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> KVCache:
+    """An empty cache of zeros.
+
+    Args:
+        num_layers, batch, capacity, num_kv_heads, head_dim: L, B, S (tokens), K and H of the arrays, each at least 1.
+        dtype: of the keys and values; the model's own.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+    shape = dict(num_layers=num_layers, batch=batch, capacity=capacity, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    for name, size in shape.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+    dimensions = tuple(shape.values())
+    return KVCache(jnp.zeros(dimensions, dtype), jnp.zeros(dimensions, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+def extend_cache(cache: KVCache, capacity: int) -> KVCache:
+    """A copy of `cache` with room for `capacity` tokens a row; the original stays valid.
+
+    Raises:
+        ValueError: `capacity` is below that of `cache`.
+    """
+    if capacity < cache.capacity:
+        raise ValueError(f"{capacity=} must be at least the {cache.capacity} tokens that the cache holds already")
+    padding = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0)]
+    return KVCache(jnp.pad(cache.k, padding), jnp.pad(cache.v, padding), jnp.copy(cache.length))
+
+
+def write_layer(stacked: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    """`stacked` with the rows `new` of one layer written from `start` on; in place where the buffer allows it.
+
+    One window per batch row, so that a step of decoding touches one token per row and not the whole cache.
+
+    Args:
+        stacked: the keys or the values of a cache [L, B, S, K, H].
+        new: rows to write [B, T, K, H], in the cache's dtype.
+        layer: int32 scalar.
+        start: int32 [B], the position of the first row; `start + T` must not exceed S, a row that does is not written.
+    """
+    batch = new.shape[0]
+    indices = jnp.stack([jnp.full((batch,), layer, jnp.int32), jnp.arange(batch, dtype=jnp.int32), start], axis=-1)
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+    )
+    return lax.scatter(
+        stacked,
+        indices,
+        new,
+        dimensions,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )

@@ -1,0 +1,125 @@
+"""What every decoder shares around its layers: one compiled layer under a scan, the cache, the logits asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from minference_jax.cache import KVCache, write_layer
+from minference_jax.models.layers import Attend
+
+
+def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose parameters are those of `num_layers` layers, stacked on a leading axis.
+
+    Args:
+        num_layers: L.
+        make_layer: builds one layer from its own random keys.
+        rngs: split into one key per layer.
+    """
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(layer_rngs):
+        return make_layer(layer_rngs)
+
+    return make(rngs)
+
+
+def run_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    cache: KVCache,
+    *,
+    rotate: Callable[[jax.Array], jax.Array],
+    attend: Attend,
+    layer_inputs: Any,
+    lengths: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, KVCache, Any]:
+    """Runs x through all layers, writing each layer's keys and values to the cache before it attends over them.
+
+    The cache is carried through the scan, not stacked by it, so that a step writes its own tokens and copies nothing.
+
+    Args:
+        layers: from `stack_layers`; called as layer(x, rotate, attend).
+        x: embedded tokens [B, T, D].
+        cache: tokens read so far; the new ones start at `cache.length`.
+        rotate: position embedding of queries and keys.
+        attend: how to attend.
+        layer_inputs: pytree with leading axis L, one slice for each layer's `attend`; None = nothing.
+        lengths: int32 [B], true number of new tokens.
+        scale: what q·k is multiplied with.
+
+    Returns:
+        x [B, T, D]; the cache with the new tokens; what `attend` returned beside its output, stacked [L, ...].
+    """
+    graph, parameters = nnx.split(layers)
+    kv_len = cache.length + lengths
+
+    def run_one(carry, per_layer):
+        x, keys, values = carry
+        index, layer_parameters, layer_input = per_layer
+
+        def write_and_attend(q, k, v):
+            new_keys = write_layer(keys, k, index, cache.length)
+            new_values = write_layer(values, v, index, cache.length)
+            all_k = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
+            all_v = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
+            out, aux = attend(q, all_k, all_v, layer_input, scale=scale, q_offset=cache.length, kv_len=kv_len)
+            return out, (new_keys, new_values, aux)
+
+        x, (keys, values, aux) = nnx.merge(graph, layer_parameters)(x, rotate, write_and_attend)
+        return (x, keys, values), aux
+
+    indices = jnp.arange(cache.k.shape[0], dtype=jnp.int32)
+    (x, keys, values), aux = lax.scan(run_one, (x, cache.k, cache.v), (indices, parameters, layer_inputs))
+    return x, KVCache(keys, values, kv_len), aux
+
+
+def select_rows(x: jax.Array, lengths: jax.Array, logits: str) -> jax.Array:
+    """The hidden states whose logits are asked for: [B, D] of each row's last true token, or all [B, T, D].
+
+    Args:
+        x: hidden states [B, T, D].
+        lengths: int32 [B], true number of tokens, at least 1.
+        logits: "last" or "all".
+    """
+    if logits == "all":
+        return x
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
+def check_call(
+    config: Any, tokens: jax.Array, cache: KVCache, lengths: jax.Array | None, logits: str, dtype: jnp.dtype
+) -> None:
+    """Refuses what a decoder's call can know to be wrong without running it.
+
+    Args:
+        config: with num_layers, num_kv_heads and head_dim.
+        tokens, cache, lengths, logits: the arguments of the call.
+        dtype: of the model's parameters, and so of its cache.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or an unknown `logits`.
+    """
+    if logits not in ("last", "all"):
+        raise ValueError(f'{logits=} must be "last" or "all"')
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+        raise ValueError(f"tokens must be integers [B, T] with B, T >= 1, got {tokens.dtype}{list(tokens.shape)}")
+    batch, count = tokens.shape
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"lengths must be [{batch}], one for each row of tokens, got {list(lengths.shape)}")
+    expected = (config.num_layers, batch, cache.capacity, config.num_kv_heads, config.head_dim)
+    for name, array in (("k", cache.k), ("v", cache.v)):
+        if array.shape != expected:
+            raise ValueError(f"cache.{name} is {list(array.shape)}, this model and batch need {list(expected)}")
+        if array.dtype != dtype:
+            raise ValueError(f"cache.{name} is {array.dtype}, the model's parameters are {dtype}")
+    if count > cache.capacity:
+        raise ValueError(f"{count} new tokens do not fit a cache of {cache.capacity}")

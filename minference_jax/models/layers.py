@@ -1,0 +1,182 @@
+"""Layers that the models share. Parameters keep the dtype they are given; norms are computed in float32.
+
+`Attend` is the seam between models and attention: a model says what to attend with, never how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from minference_jax.attention import dense_attention
+
+INIT_SCALE = 0.02  # standard deviation of random kernels and embeddings
+
+
+class Attend(Protocol):
+    """How a model attends: over the whole cache of one layer, for all heads at once."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer_input: Any,
+        *,
+        scale: float,
+        q_offset: jax.Array,
+        kv_len: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """The attention output and whatever else the caller wants to see of it.
+
+        Args:
+            q: queries [B, T, N, H] of the new tokens.
+            k, v: keys and values [B, S, K, H] of the layer, the new ones among them.
+            layer_input: this layer's slice of the model call's `layer_inputs`.
+            scale: what q·k is multiplied with.
+            q_offset: int32 [B], position of the first query.
+            kv_len: int32 [B], tokens present.
+
+        Returns:
+            out [B, T, N, H], and a pytree of arrays that the model call stacks over the layers.
+        """
+
+
+def dense_attend(q, k, v, layer_input, *, scale, q_offset, kv_len):
+    """Exact causal attention (an `Attend`); looks at no layer input and returns None beside the output."""
+    return dense_attention(q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len), None
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, statistics in float32.
+
+    Args:
+        size: length of the last axis.
+        eps: added to the mean square.
+        param_dtype: of the scale.
+    """
+
+    def __init__(self, size: int, *, eps: float, param_dtype: jax.typing.DTypeLike):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        exact = x.astype(jnp.float32)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
+        return (exact * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel [in, out], plus a bias [out] where the model has one.
+
+    Args:
+        in_size, out_size: features.
+        use_bias: whether there is a bias.
+        rngs: key of the random kernel.
+        param_dtype: of kernel and bias.
+    """
+
+    def __init__(
+        self, in_size: int, out_size: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
+    ):
+        self.kernel = nnx.Param(nnx.initializers.normal(INIT_SCALE)(rngs.params(), (in_size, out_size), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = x @ self.kernel[...]
+        return out if self.bias is None else out + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """A table of one vector per token [V, D].
+
+    Args:
+        vocab_size, size: V and D.
+        rngs: key of the random table.
+        param_dtype: of the table.
+    """
+
+    def __init__(self, vocab_size: int, size: int, *, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike):
+        table = nnx.initializers.normal(INIT_SCALE)(rngs.params(), (vocab_size, size), param_dtype)
+        self.embedding = nnx.Param(table)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [..., D] against every token's vector, accumulated in float32: [..., V]."""
+        return jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)).
+
+    Args:
+        size, intermediate_size: features outside and inside.
+        use_bias: whether the three projections have a bias.
+        rngs, param_dtype: as in `Linear`.
+    """
+
+    def __init__(
+        self, size: int, intermediate_size: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
+    ):
+        options = dict(use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.gate_proj = Linear(size, intermediate_size, **options)
+        self.up_proj = Linear(size, intermediate_size, **options)
+        self.down_proj = Linear(intermediate_size, size, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nnx.Module):
+    """Projections around grouped-query attention; the attention itself arrives with the call.
+
+    Args:
+        hidden_size: D.
+        num_heads, num_kv_heads, head_dim: N, K, H.
+        qkv_bias, o_bias: which projections have a bias.
+        rngs, param_dtype: as in `Linear`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        o_bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike,
+    ):
+        self.head_dim = head_dim
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, use_bias=qkv_bias, **options)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, use_bias=o_bias, **options)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotate: Callable[[jax.Array], jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> (out [B, T, D], what `attend` returned beside its output).
+
+        Args:
+            x: normalised hidden state.
+            rotate: position embedding of queries and keys [B, T, heads, H].
+            attend: (q, k, v) of the new tokens -> (out [B, T, N, H], anything).
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).reshape(heads))
+        k = rotate(self.k_proj(x).reshape(heads))
+        out, extras = attend(q, k, self.v_proj(x).reshape(heads))
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), extras

@@ -1,0 +1,69 @@
+"""Parameters of a model by name: what a converter fills in and a checkpoint stores.
+
+Names are the dotted attribute paths of the modules, such as `layers.attention.q_proj.kernel`; those under `layers.` hold
+all layers, stacked on a leading axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from minference_jax.models.llama import Llama, LlamaConfig
+
+_MODELS = {LlamaConfig: Llama}
+
+
+def _abstract_model(config: LlamaConfig) -> nnx.Module:
+    """The model of `config` with shapes in place of arrays."""
+    if type(config) not in _MODELS:
+        known = ", ".join(kind.__name__ for kind in _MODELS)
+        raise ValueError(f"no model is known for a config of type {type(config).__name__}; known: {known}")
+    return nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+
+
+def _by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(str(part) for part in path): variable for path, variable in flat}
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the model; takes no memory."""
+    return {name: tuple(variable.shape) for name, variable in _by_name(_abstract_model(config)).items()}
+
+
+def parameters_of(model: nnx.Module) -> dict[str, jax.Array]:
+    """Name and array of every parameter of a model; nothing is copied."""
+    return {name: variable[...] for name, variable in _by_name(model).items()}
+
+
+def from_parameters(config: LlamaConfig, parameters: Mapping[str, jax.Array]) -> Llama:
+    """The model of `config` around the given arrays; nothing is initialised or copied.
+
+    Args:
+        config: shape and switches.
+        parameters: name -> array for exactly the names of `parameter_shapes(config)`, all of one dtype.
+
+    Raises:
+        ValueError: names that are missing or unknown, shapes that differ (all listed at once), or several dtypes.
+    """
+    model = _abstract_model(config)
+    variables = _by_name(model)
+    faults = [f"missing: {name}" for name in variables.keys() - parameters.keys()]
+    faults += [f"unknown: {name}" for name in parameters.keys() - variables.keys()]
+    for name in variables.keys() & parameters.keys():
+        have, need = tuple(parameters[name].shape), tuple(variables[name].shape)
+        if have != need:
+            faults.append(f"misshapen: {name} is {list(have)}, the model needs {list(need)}")
+    if faults:
+        raise ValueError("these parameters do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+    dtypes = sorted({str(array.dtype) for array in parameters.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"all parameters must have one dtype, got {', '.join(dtypes)}")
+    graph, _ = nnx.split(model)
+    state = nnx.from_flat_state(
+        {tuple(name.split(".")): nnx.Param(jax.numpy.asarray(array)) for name, array in parameters.items()}
+    )
+    return nnx.merge(graph, state)
