@@ -1,1 +1,82 @@
-"""MInference prefill in JAX: sparse attention for long prompts."""
+"""MInference prefill in JAX: sparse attention for long prompts.
+
+Every public name is imported from its module on first use: importing the package is instant and touches no device.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minference_jax.attention import (
+        a_shape_attention,
+        block_sparse_attention,
+        dense_attention,
+        sparse_attention,
+        vertical_slash_attention,
+    )
+    from minference_jax.convert.checkpoint import convert_model
+    from minference_jax.generate import LanguageModel
+    from minference_jax.loading import load
+    from minference_jax.patterns import (
+        DEFAULT_PATTERN,
+        AShape,
+        BlockSparse,
+        Dense,
+        HeadPattern,
+        ModelPatterns,
+        PatternArrays,
+        PatternKind,
+        VerticalSlash,
+        read_patterns,
+        uniform_patterns,
+        write_patterns,
+    )
+
+    __version__: str
+
+__all__ = [
+    "DEFAULT_PATTERN",
+    "AShape",
+    "BlockSparse",
+    "Dense",
+    "HeadPattern",
+    "LanguageModel",
+    "ModelPatterns",
+    "PatternArrays",
+    "PatternKind",
+    "VerticalSlash",
+    "__version__",
+    "a_shape_attention",
+    "block_sparse_attention",
+    "convert_model",
+    "dense_attention",
+    "load",
+    "read_patterns",
+    "sparse_attention",
+    "uniform_patterns",
+    "vertical_slash_attention",
+    "write_patterns",
+]
+
+_MODULES = {
+    "LanguageModel": "generate",
+    "a_shape_attention": "attention",
+    "block_sparse_attention": "attention",
+    "convert_model": "convert.checkpoint",
+    "dense_attention": "attention",
+    "load": "loading",
+    "sparse_attention": "attention",
+    "vertical_slash_attention": "attention",
+}  # every other name is in patterns
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("minference-jax")
+    if name not in __all__:
+        raise AttributeError(f"module 'minference_jax' has no attribute {name!r}")
+    return getattr(import_module(f"minference_jax.{_MODULES.get(name, 'patterns')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
