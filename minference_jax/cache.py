@@ -40,11 +40,11 @@ def init_cache(
     Raises:
         ValueError: a size is below 1.
     """
-    shape = dict(num_layers=num_layers, batch=batch, capacity=capacity, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    for name, size in shape.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
-    dimensions = tuple(shape.values())
+    dimensions = (num_layers, batch, capacity, num_kv_heads, head_dim)
+    if min(dimensions) < 1:
+        raise ValueError(
+            f"{num_layers=}, {batch=}, {capacity=}, {num_kv_heads=} and {head_dim=} must each be at least 1"
+        )
     return KVCache(jnp.zeros(dimensions, dtype), jnp.zeros(dimensions, dtype), jnp.zeros((batch,), jnp.int32))
 
 

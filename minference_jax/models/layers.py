@@ -124,7 +124,7 @@ class MLP(nnx.Module):
     def __init__(
         self, size: int, intermediate_size: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
     ):
-        options = dict(use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        options = {"use_bias": use_bias, "rngs": rngs, "param_dtype": param_dtype}
         self.gate_proj = Linear(size, intermediate_size, **options)
         self.up_proj = Linear(size, intermediate_size, **options)
         self.down_proj = Linear(intermediate_size, size, **options)
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
     ):
         self.head_dim = head_dim
-        options = dict(rngs=rngs, param_dtype=param_dtype)
+        options = {"rngs": rngs, "param_dtype": param_dtype}
         self.q_proj = Linear(hidden_size, num_heads * head_dim, use_bias=qkv_bias, **options)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)

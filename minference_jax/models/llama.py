@@ -65,7 +65,7 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int:
-        """Tokens that prompt and answer may have together: dynamic rope stretches max_position_embeddings by its factor."""
+        """Tokens that prompt and answer may have together: max_position_embeddings, stretched where rope is dynamic."""
         if self.rope.rope_type == "dynamic":
             return int(self.max_position_embeddings * self.rope.factor)
         return self.max_position_embeddings

@@ -1,7 +1,7 @@
 """Parameters of a model by name: what a converter fills in and a checkpoint stores.
 
-Names are the dotted attribute paths of the modules, such as `layers.attention.q_proj.kernel`; those under `layers.` hold
-all layers, stacked on a leading axis.
+Names are the dotted attribute paths of the modules, such as `layers.attention.q_proj.kernel`; those under `layers.`
+hold all layers, stacked on a leading axis.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _dynamic(rope, head_dim, max_position_embeddings, kv_len, exponents) -> jax.
 
 
 def _llama3(rope: RopeConfig, inv_freq: np.ndarray, original: int) -> np.ndarray:
-    """Long wavelengths are stretched by `factor`, short ones stay, those between are blended linearly in 1/wavelength."""
+    """Long wavelengths are stretched by `factor`, short ones stay, a ramp linear in frequency lies between."""
     rotations = original * inv_freq / (2 * math.pi)  # whole turns over the original context
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = np.clip(blend, 0.0, 1.0).astype(np.float32)

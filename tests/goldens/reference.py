@@ -1,0 +1,86 @@
+"""The other side of the comparison: transformers' PyTorch models, in float32 on the CPU. Needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import transformers
+
+from minference_jax.models import LlamaConfig
+
+_LAYER_NAMES = {
+    "input_norm.scale": "input_layernorm.weight",
+    "post_attention_norm.scale": "post_attention_layernorm.weight",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+}
+
+
+def _state_dict(parameters: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names, kernels turned to [out, in]."""
+    state = {
+        "model.embed_tokens.weight": parameters["embed.embedding"],
+        "model.norm.weight": parameters["final_norm.scale"],
+        "lm_head.weight": parameters.get("lm_head.kernel", parameters["embed.embedding"].T).T,
+    }
+    for name, stacked in parameters.items():
+        if not name.startswith("layers."):
+            continue
+        suffix = name.removeprefix("layers.")
+        for ours, theirs in _LAYER_NAMES.items():
+            suffix = suffix.replace(ours, theirs)
+        for layer, array in enumerate(stacked):
+            turned = array.T if suffix.endswith("kernel") else array
+            state[f"model.layers.{layer}.{suffix.replace('kernel', 'weight')}"] = turned
+    return {name: torch.tensor(np.ascontiguousarray(array)) for name, array in state.items()}
+
+
+def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformers.PreTrainedModel:
+    """transformers' LLaMA (or Qwen2, where only q, k and v have a bias) with the same weights."""
+    rope = {name: value for name, value in dataclasses.asdict(config.rope).items() if value is not None}
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_parameters": rope,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "eager",
+    }
+    if config.qkv_bias and not config.o_bias:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
+    else:
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**shape, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
+        )
+    model.load_state_dict(_state_dict(parameters), strict=True)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def logits_and_greedy(
+    model: transformers.PreTrainedModel, prompt: np.ndarray, new_tokens: int
+) -> tuple[np.ndarray, list[int]]:
+    """Logits of all prompt tokens [T, V], then greedy tokens from transformers' own generate and cache."""
+    tokens = torch.tensor(prompt, dtype=torch.long)[None]
+    logits = model(tokens).logits[0]  # before generate: dynamic rope remembers the longest length it has seen
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+    )
+    return logits.numpy(), out[0, len(prompt) :].tolist()
