@@ -73,7 +73,7 @@ def python_blocks():
         yield pytest.param("\n" * (line - 1) + code, id=f"line {line}", marks=marks)
 
 
-@pytest.mark.parametrize("code", python_blocks())
+@pytest.mark.parametrize("code", list(python_blocks()))
 def test_readme_python_runs(code, tmp_path):
     result = run_python(code, tmp_path)
     assert result.returncode == 0, result.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typed_usage
 
 import minference_jax
 
@@ -99,3 +100,8 @@ def test_type_checkers_see_the_same_names_as_the_lazy_import():
     for name, module in seen.items():
         if module is not None:
             assert getattr(minference_jax, name) is getattr(importlib.import_module(module), name)
+
+
+def test_a_typed_users_file_runs(tmp_path):
+    patterns = typed_usage.patterns_of_a_model(tmp_path)
+    assert typed_usage.attend(patterns) < 1
