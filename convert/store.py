@@ -1,0 +1,113 @@
+"""Tensors in an Orbax checkpoint, written and read one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from minference_jax.convert.weight_source import TensorInfo
+
+_CHUNK_BYTES = 2**26  # of one file chunk: what is compressed, written and read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is made when Orbax is about to write it.
+
+    Attributes:
+        shape, dtype: what `read` returns.
+        read: makes the array; called once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes lazy tensors as numpy arrays, each one finished before the next is made.
+
+    Orbax's own handlers get all values of a tree at once, and its partial saves take time quadratic in the number of
+    leaves (82 s for 272 of them, against 4 s).
+    """
+
+    async def serialize(
+        self,
+        values: Sequence[LazyTensor],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        """Reads, writes and forgets one tensor after the other."""
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+            array = np.ascontiguousarray(value.read())
+            for written in await super().serialize([array], [info], [arg]):
+                written.result()
+        return []
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Writes an Orbax checkpoint of a flat tree, holding one tensor in memory at a time.
+
+    Args:
+        folder: must not exist.
+        tensors: key -> tensor, written in this order.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyTensor, _LazyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # not used; without it Orbax warns
+    )
+    save_args = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for key in tensors}
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tensors), save_args=save_args))
+
+
+class TensorStore:
+    """An Orbax checkpoint of a flat tree, opened for reading.
+
+    Args:
+        folder: written by `save_tensors`.
+
+    Attributes:
+        tensors: key -> shape and dtype.
+
+    Raises:
+        ValueError: it is not a whole Orbax checkpoint.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        try:
+            tree = self._checkpointer.metadata(self.folder).item_metadata.tree
+            self.tensors = {key: TensorInfo(tuple(entry.shape), np.dtype(entry.dtype)) for key, entry in tree.items()}
+        except Exception as error:  # Orbax and TensorStore raise types of every kind
+            raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+
+    def read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """The tensors of these keys as numpy arrays.
+
+        Raises:
+            ValueError: a part of them is missing or damaged.
+        """
+        restore_args = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
+        args = ocp.args.PyTreeRestore(dict.fromkeys(keys, 0), restore_args=restore_args, partial_restore=True)
+        try:
+            return self._checkpointer.restore(self.folder, args=args)
+        except Exception as error:
+            raise ValueError(f"the weights in {self.folder} are damaged: {error}") from error
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._checkpointer.close()

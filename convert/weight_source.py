@@ -1,0 +1,95 @@
+"""What every format of pretrained weights looks like from inside: a config, tensors by name, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the tensor just done
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Shape and dtype (one of `DTYPES`) of a stored tensor, as `WeightSource.read` returns it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class WeightSource(Protocol):
+    """An opened file or folder of pretrained weights. Tensors are read one by one, when asked for.
+
+    Attributes:
+        name: what was opened, for messages.
+        config: the model in the terms of a Hugging Face config.json.
+        tensors: name (Hugging Face's) -> shape and dtype of every tensor there.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in Hugging Face's layout (kernels [out, in]); nothing of it is kept.
+
+        Raises:
+            ValueError: the file does not hold what its header promises.
+        """
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer as transformers' AutoTokenizer gives it.
+
+        Raises:
+            ValueError: there is none, or it can't be loaded.
+        """
+
+    def save_tokenizer(self, folder: Path) -> list[str]:
+        """Writes what AutoTokenizer needs into a folder; returns the files' names, none if there is no tokenizer."""
+
+    def close(self) -> None:
+        """Closes files; the source can't be read any more."""
+
+
+def read_dtype(dtype: str | None) -> np.dtype | None:
+    """The numpy dtype of a name; None stays None (keep what is stored).
+
+    Raises:
+        ValueError: not one of the supported names.
+    """
+    if dtype is None:
+        return None
+    try:
+        return DTYPES[np.dtype(dtype).name]
+    except (KeyError, TypeError):
+        raise ValueError(f"dtype={dtype!r} must be None or one of {', '.join(DTYPES)}") from None
+
+
+def common_dtype(tensors: Mapping[str, TensorInfo]) -> np.dtype:
+    """The narrowest dtype that holds all tensors exactly: their own where they agree, float32 where they differ."""
+    found = {info.dtype for info in tensors.values()}
+    return found.pop() if len(found) == 1 else DTYPES["float32"]
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The array in another dtype, rounded to nearest; the array itself where it already has it.
+
+    Raises:
+        ValueError: a finite number lies outside the new dtype's range.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if not np.isfinite(out).all() and np.isfinite(array).all():
+        largest = float(np.abs(array.astype(np.float32)).max())
+        raise ValueError(f"{name} holds {largest:g}, which {dtype.name} can't; use float32 or bfloat16")
+    return out
