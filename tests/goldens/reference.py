@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from minference_jax.models import LlamaConfig
+from minference_jax.models import LlamaConfig, RopeConfig
 
 _LAYER_NAMES = {
     "input_norm.scale": "input_layernorm.weight",
@@ -39,9 +40,12 @@ def _state_dict(parameters: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
+def _set_fields(rope: RopeConfig) -> dict[str, float | int | str | bool]:
+    return {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+
+
 def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformers.PreTrainedModel:
     """transformers' LLaMA (or Qwen2, where only q, k and v have a bias) with the same weights."""
-    rope = {name: value for name, value in dataclasses.asdict(config.rope).items() if value is not None}
     shape = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -53,7 +57,7 @@ def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformer
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": rope,
+        "rope_parameters": _set_fields(config.rope),
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_implementation": "eager",
@@ -84,3 +88,15 @@ def logits_and_greedy(
         pad_token_id=0,
     )
     return logits.numpy(), out[0, len(prompt) :].tolist()
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[np.ndarray, float]:
+    """transformers' frequencies [H // 2] of a rope, and its factor of cos and sin."""
+    config = transformers.LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters=_set_fields(rope),
+    )
+    embedding = LlamaRotaryEmbedding(config)
+    return embedding.inv_freq.numpy(), embedding.attention_scaling

@@ -40,7 +40,6 @@ CASES: dict[str, LlamaConfig] = {
     "qkv_bias": _config(qkv_bias=True),  # what Qwen2 has
     "mlp_bias": _config(mlp_bias=True, tie_embeddings=True),
     "linear": _config(rope=RopeConfig(rope_type="linear", factor=3.0)),
-    "dynamic_short": _config(rope=RopeConfig(rope_type="dynamic", factor=2.0)),
     "dynamic_crossing": _config(rope=RopeConfig(rope_type="dynamic", factor=4.0), max_position_embeddings=48),
     "dynamic_long": _config(rope=RopeConfig(rope_type="dynamic", factor=8.0), max_position_embeddings=16),
     "llama3": _config(

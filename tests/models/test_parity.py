@@ -1,5 +1,7 @@
 """Our LLaMA against the PyTorch LLaMA of transformers: committed numbers everywhere, live where torch is installed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,26 +16,25 @@ LOGITS_RELATIVE = 1e-4  # float32 sums in another order, over three layers; meas
 CASES = pytest.mark.parametrize("name", tiny_models.CASES)
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "new_tokens"))
+def run(graph, state, prompt, cache, new_tokens):
+    def step(carry, _):
+        token, cache = carry
+        logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
+        return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), token
+
+    logits, cache, _ = nnx.merge(graph, state)(prompt, cache, logits="all")
+    first = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+    _, tokens = jax.lax.scan(step, (first, cache), length=new_tokens)
+    return logits[0], tokens[:, 0]
+
+
 def logits_and_greedy(config, parameters, prompt, new_tokens):
     """Logits of every prompt token, and the greedy continuation through cache and decode step."""
+    capacity = len(prompt) + new_tokens
+    cache = init_cache(config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim, jnp.float32)
     graph, state = nnx.split(from_parameters(config, parameters))
-    cache = init_cache(
-        config.num_layers, 1, len(prompt) + new_tokens, config.num_kv_heads, config.head_dim, jnp.float32
-    )
-
-    @jax.jit
-    def run(state, prompt, cache):
-        def step(carry, _):
-            token, cache = carry
-            logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
-            return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), token
-
-        logits, cache, _ = nnx.merge(graph, state)(prompt, cache, logits="all")
-        first = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        _, tokens = jax.lax.scan(step, (first, cache), length=new_tokens)
-        return logits[0], tokens[:, 0]
-
-    logits, tokens = run(state, jnp.asarray(prompt)[None], cache)
+    logits, tokens = run(graph, state, jnp.asarray(prompt)[None], cache, new_tokens)
     return np.asarray(logits), tokens.tolist()
 
 
