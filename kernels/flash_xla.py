@@ -1,0 +1,71 @@
+"""Dense causal attention in pure JAX, block by block: memory stays linear in the number of tokens."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from minference_jax.kernels import softmax
+
+ROWS = 384
+"""Query rows per step, over the heads of a group: large enough for XLA's CPU dot to use every core."""
+WIDTH = 1024
+"""Keys per step."""
+
+
+def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array) -> tuple[Array, Array]:
+    """Causal attention of a query chunk over a cache.
+
+    Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H], N a multiple of K. Any float dtype; the arithmetic is float32.
+      scale: multiplies the scores.
+      q_offset: int32 [B], absolute position of the first query.
+      kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
+
+    Returns:
+      out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
+    """
+    q_len, num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[2]
+    group_size = num_heads // num_kv_heads
+    block_q = min(max(ROWS // group_size, 32), q_len)
+    width = min(max(WIDTH, ROWS * WIDTH // (block_q * group_size)), 4 * WIDTH, k.shape[1])
+    num_tiles = -(-q_len // block_q)
+    rows = jnp.arange(block_q * group_size, dtype=jnp.int32) // group_size
+    pad_q, pad_kv = num_tiles * block_q - q_len, -k.shape[1] % width
+
+    def group(args):  # one KV head of one sequence with its query heads
+        q, k, v, offset, length = args  # [T, G, H], [S, H], [S, H]
+        q = jnp.pad(q, ((0, pad_q), (0, 0), (0, 0))).reshape(num_tiles, block_q * group_size, head_dim)
+        k, v = (jnp.pad(x.astype(jnp.float32), ((0, pad_kv), (0, 0))) for x in (k, v))
+
+        def tile(args):
+            index, q = args
+            first = offset + index * block_q
+            q = q.astype(jnp.float32) * scale
+
+            def step(i, acc):
+                at = i * width
+                key = at + jnp.arange(width, dtype=jnp.int32)
+                end = jnp.where(key < length, block_q, 0)
+                block = (lax.dynamic_slice_in_dim(x, at, width) for x in (k, v))
+                return softmax.update(acc, q, *block, rows, key - first, end)
+
+            reach = jnp.where(first < length, jnp.minimum(first + block_q, length), 0)
+            acc = lax.fori_loop(0, (reach + width - 1) // width, step, softmax.start(rows.size, head_dim))
+            out, lse = softmax.finish(acc)
+            real = first + rows < length
+            return jnp.where(real[:, None], out, 0.0), jnp.where(real, lse, -jnp.inf)
+
+        out, lse = lax.map(tile, (jnp.arange(num_tiles, dtype=jnp.int32), q))
+        out = out.reshape(num_tiles * block_q, group_size, head_dim)[:q_len]
+        return out.astype(q.dtype), lse.reshape(num_tiles * block_q, group_size)[:q_len]
+
+    def sequence(args):
+        q, k, v, offset, length = args
+        q = q.reshape(q_len, num_kv_heads, group_size, head_dim).swapaxes(0, 1)
+        same = [jnp.broadcast_to(x, (num_kv_heads,)) for x in (offset, length)]
+        out, lse = lax.map(group, (q, k.swapaxes(0, 1), v.swapaxes(0, 1), *same))
+        return out.swapaxes(0, 1).reshape(q_len, num_heads, head_dim), lse.swapaxes(0, 1).reshape(q_len, num_heads)
+
+    return lax.map(sequence, (q, k, v, q_offset, kv_len))

@@ -1,0 +1,177 @@
+"""The integer arrays a sparse attention kernel reads, how they are built, and what they mean.
+
+Shape letters: B batch, T queries, S keys, N query heads, C a static capacity, Tq = ceil(T / block_q) query tiles.
+A query tile that starts at absolute position a reads
+
+* slash blocks: keys [a + o, a + o + block_kv) for each offset o of its head. A slash (a query-key distance d) needs
+  [a - d, a - d + block_q) whatever the tile, so one list of offsets per head serves every tile;
+* listed blocks: keys [block_kv * i, block_kv * (i + 1)) for each id i that its head and tile list;
+* columns: single keys, the same for every tile of the head.
+
+Blocks of one head never overlap; a key that is also a column counts as a column only, so no key is counted twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from minference_jax.kernels.tiles import TileConfig
+
+FAR = 1 << 30
+"""Fills the unused end of every list: a key position no array reaches, so an ignored count shows."""
+
+
+class SparseLayout(NamedTuple):
+    """What every head of one layer computes.
+
+    Attributes:
+      offsets: int32 [B, N, C]. Slash blocks as key start minus tile start, descending, then -FAR.
+      offset_counts: int32 [B, N]. Used entries of ``offsets``.
+      columns: int32 [B, N, C]. Key positions, ascending, then FAR.
+      column_counts: int32 [B, N]. Used entries of ``columns``.
+      windows: int32 [B, N]. Pairs in slash blocks count only at distances below this (FAR: no bound); it makes the
+        window of an A-shape exact to the token.
+      block_ids: int32 [B, N, Tq, C]. Listed blocks, ascending, then FAR.
+      block_counts: int32 [B, N, Tq]. Used entries of ``block_ids``.
+    """
+
+    offsets: Array
+    offset_counts: Array
+    columns: Array
+    column_counts: Array
+    windows: Array
+    block_ids: Array
+    block_counts: Array
+
+
+def compact(mask: Array, capacity: int, fill: int = FAR) -> Array:
+    """Positions of the True entries along the last axis, ascending.
+
+    Args:
+      mask: bool [..., M].
+      capacity: static length of the lists; entries past it are lost, so it must be at least the largest count.
+      fill: stands behind the last entry.
+
+    Returns:
+      int32 [..., capacity].
+    """
+    size = mask.shape[-1]
+    flat = mask.reshape(-1, size)
+    slots = jnp.where(flat, jnp.cumsum(flat, axis=-1, dtype=jnp.int32) - 1, capacity)
+    rows = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
+    out = jnp.full((flat.shape[0], capacity), fill, jnp.int32)
+    out = out.at[rows, slots].set(jnp.arange(size, dtype=jnp.int32)[None], mode="drop")
+    return out.reshape(*mask.shape[:-1], capacity)
+
+
+def slash_offsets(slashes: Array, tiles: TileConfig) -> tuple[Array, Array]:
+    """Covers the slashes of each head with non-overlapping blocks.
+
+    Neighbouring slashes form a run; runs are so far apart that their blocks never meet. Inside a run blocks lie side
+    by side from its nearest end, and those that no slash needs are left out.
+
+    Args:
+      slashes: bool [..., S], entry d True where distance d (query position minus key position, in tokens) is kept.
+      tiles: tile sizes.
+
+    Returns:
+      offsets int32 [..., C], descending, padded with -FAR, and counts int32 [...]. C = (S + block_q) // block_kv + 3.
+    """
+    block_q, block_kv = tiles.block_q, tiles.block_kv
+    # Entry u stands for distance u, and for the block of offset block_q - block_kv - u, whose end is the end of the
+    # keys that distance u needs.
+    wanted = jnp.pad(slashes, [(0, 0)] * (slashes.ndim - 1) + [(0, block_q + block_kv)])
+    u = jnp.arange(wanted.shape[-1], dtype=jnp.int32)
+    last = lax.cummax(jnp.where(wanted, u, -FAR), axis=wanted.ndim - 1)  # the last wanted distance up to u
+    before = jnp.concatenate([jnp.full_like(last[..., :1], -FAR), last[..., :-1]], axis=-1)
+    opens = wanted & (u - before >= block_q + block_kv - 1)
+    start = lax.cummax(jnp.where(opens, u, -FAR), axis=wanted.ndim - 1)  # where the run at u began
+
+    def ahead(x: Array) -> Array:  # x at u + block_kv - 1
+        tail = jnp.broadcast_to(x[..., -1:], (*x.shape[:-1], block_kv - 1))
+        return jnp.concatenate([x, tail], axis=-1)[..., block_kv - 1 :]
+
+    on_lattice = (start >= 0) & ((u - start) % block_kv == 0)
+    needed = (ahead(last) > u - block_q) & (ahead(start) == start)
+    blocks = on_lattice & needed
+    found = compact(blocks, wanted.shape[-1] // block_kv + 2)
+    offsets = jnp.where(found == FAR, -FAR, block_q - block_kv - found)
+    return offsets, blocks.sum(axis=-1, dtype=jnp.int32)
+
+
+def tile_starts(q_offset: Array, q_len: int, tiles: TileConfig) -> Array:
+    """Absolute position of the first query of every tile: int32 [B, Tq] from q_offset int32 [B]."""
+    num_tiles = -(-q_len // tiles.block_q)
+    return q_offset[:, None] + jnp.arange(num_tiles, dtype=jnp.int32) * tiles.block_q
+
+
+def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
+    """Keys each query tile computes, in tokens, after the blocks and columns that lie wholly outside it are skipped.
+
+    Args:
+      layout: of B sequences and N heads.
+      q_offset: int32 [B], absolute position of the first query.
+      kv_len: int32 [B], valid keys.
+      q_len: T.
+      tiles: the sizes the layout was built for.
+
+    Returns:
+      int32 [B, N, Tq]; 0 for tiles of padding.
+    """
+    starts = tile_starts(q_offset, q_len, tiles)  # [B, Tq]
+    search = jax.vmap(jax.vmap(jnp.searchsorted, in_axes=(0, None)))  # over B, then N
+    blocks = search(-layout.offsets, starts + tiles.block_kv)  # o > -(a + block_kv), that is -o < a + block_kv
+    columns = search(layout.columns, jnp.minimum(starts + tiles.block_q, kv_len[:, None]))
+    keys = (blocks + layout.block_counts) * tiles.block_kv + columns
+    return jnp.where((starts < kv_len[:, None])[:, None], keys, 0).astype(jnp.int32)
+
+
+def density(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
+    """Share of the work of dense causal attention, counted in tiles, that each head computes.
+
+    Args: as for ``computed_keys``.
+
+    Returns:
+      float32 [B, N]; 1.0 is dense. Columns beside blocks can take it slightly above 1.
+    """
+    starts = tile_starts(q_offset, q_len, tiles)
+    reach = jnp.minimum(starts + tiles.block_q, kv_len[:, None])
+    dense = jnp.where(starts < kv_len[:, None], -(-reach // tiles.block_kv) * tiles.block_kv, 0)
+    kept = computed_keys(layout, q_offset, kv_len, q_len, tiles).astype(jnp.float32).sum(axis=-1)
+    return kept / jnp.maximum(dense.astype(jnp.float32).sum(axis=-1), 1.0)[:, None]
+
+
+def layout_mask(
+    layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, kv_capacity: int, tiles: TileConfig
+) -> Array:
+    """The meaning of a layout: True where query row t attends key j. Quadratic memory: for tests and small inputs.
+
+    Args:
+      layout: of B sequences and N heads.
+      q_offset: int32 [B]. kv_len: int32 [B]. q_len: T. kv_capacity: S. tiles: the sizes of the layout.
+
+    Returns:
+      bool [B, N, T, S].
+    """
+    keys = jnp.arange(kv_capacity, dtype=jnp.int32)
+    rows = jnp.arange(q_len, dtype=jnp.int32)
+
+    def one(offsets, offset_count, columns, column_count, window, ids, id_counts, offset, length):
+        position = offset + rows
+        start = offset + rows // tiles.block_q * tiles.block_q
+        used = jnp.arange(offsets.size) < offset_count
+        begin = jnp.where(used, offsets, -2 * FAR)[None] + start[:, None]  # [T, C]
+        slash = ((keys >= begin[..., None]) & (keys < begin[..., None] + tiles.block_kv)).any(axis=1)
+        slash &= position[:, None] - keys < window
+        in_list = jnp.arange(ids.shape[-1]) < id_counts[:, None]
+        listed = (jnp.where(in_list, ids, -1)[..., None] == keys // tiles.block_kv).any(axis=1)[rows // tiles.block_q]
+        column = ((columns[:, None] == keys) & (jnp.arange(columns.size) < column_count)[:, None]).any(axis=0)
+        causal = (keys <= position[:, None]) & (keys < length) & (position < length)[:, None]
+        return (slash | listed | column) & causal
+
+    over_heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, 0, None, None))
+    return jax.vmap(over_heads)(*layout, q_offset, kv_len)

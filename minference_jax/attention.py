@@ -1,0 +1,253 @@
+"""Causal attention for prefill: dense, and sparse with a pattern of its own for every head.
+
+Shape letters: B batch, T queries, S keys, N query heads, K KV heads (N a multiple of K), H head_dim. Arrays are laid
+out as in ``jax.nn.dot_product_attention``: q [B, T, N, H], k and v [B, S, K, H]. Everything works under ``jax.jit``
+and ``jax.vmap``; gradients are not defined, because prefill needs none.
+
+Arguments that all functions share:
+  q: [B, T, N, H], float32, bfloat16 or float16.
+  k, v: [B, S, K, H], same dtype.
+  scale: float that multiplies the scores; None = 1 / sqrt(H).
+  kv_len: int or int32 [B], valid keys of each sequence (the rest of S is padding or room); None = S.
+  q_offset: int or int32 [B], absolute position of each sequence's first query, for a chunk of queries over a longer
+    cache; None = 0. Row t stands at position q_offset + t and sees keys j <= q_offset + t with j < kv_len. Rows at
+    positions >= kv_len are padding: they give zeros.
+  return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
+  implementation: "xla", or None = the first that can do the call.
+They raise ValueError, which says what was given and what is needed, for shapes, dtypes and sizes that do not fit, and
+NotImplementedError where an implementation named by the caller can't do the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from minference_jax.index import build_layout
+from minference_jax.kernels import flash_xla, sparse_xla
+from minference_jax.kernels.layouts import FAR, density
+from minference_jax.kernels.tiles import TileConfig
+from minference_jax.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    PatternArrays,
+    PatternKind,
+    VerticalSlash,
+    uniform_patterns,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS: tuple[tuple[str, Callable, Callable], ...] = (("xla", flash_xla.attention, sparse_xla.attention),)
+"""Name, dense and sparse function of each implementation, in the order in which None tries them."""
+
+
+def dense_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | None = None,
+    kv_len: ArrayLike | None = None,
+    q_offset: ArrayLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, ...]:
+    """Causal attention of every query to every earlier key, in memory linear in T and S.
+
+    Args: shared ones, see the module.
+
+    Returns:
+      out [B, T, N, H] in q's dtype, or (out, lse).
+
+    Raises:
+      ValueError: shapes, dtypes or lengths do not fit.
+      NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
+    """
+    q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
+    out, lse = _run(implementation, 1, q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len)
+    return (out, lse) if return_lse else out
+
+
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    pattern: PatternArrays | HeadPattern,
+    *,
+    scale: float | None = None,
+    kv_len: ArrayLike | None = None,
+    q_offset: ArrayLike | None = None,
+    return_lse: bool = False,
+    return_density: bool = False,
+    max_num_blocks: int = 128,
+    implementation: str | None = None,
+) -> Array | tuple[Array, ...]:
+    """Causal attention in which every head computes only what its pattern keeps.
+
+    The index is estimated from these q and k for all heads at once; the work is in proportion to what is kept.
+
+    Args:
+      pattern: PatternArrays of int32 [N], one entry per query head, usable as a jit input; or one HeadPattern for
+        all heads.
+      return_density: also return float32 [B, N], each head's share of the work of dense attention, in tiles.
+      max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys per 64 queries; memory is
+        B * N * T / 64 * max_num_blocks integers. Heads that ask for more are refused; where their sizes are traced
+        and can't be read, their output is NaN.
+      Shared ones: see the module.
+
+    Returns:
+      out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
+
+    Raises:
+      ValueError: shapes, dtypes, lengths or pattern sizes do not fit.
+      NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
+
+    Source: arXiv 2407.02490 (MInference 1.0); heads, batches, chunks and lengths are handled together here.
+    """
+    q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
+    arrays = _pattern_arrays(pattern, q.shape[2], max_num_blocks)
+    tiles = TileConfig()
+    layout = build_layout(
+        q, k, arrays, scale=scale, kv_len=kv_len, q_offset=q_offset, tiles=tiles, max_num_blocks=max_num_blocks
+    )
+    out, lse = _run(implementation, 2, q, k, v, layout, scale=scale, q_offset=q_offset, kv_len=kv_len, tiles=tiles)
+    too_many = (arrays.kind == PatternKind.BLOCK_SPARSE) & (arrays.num_blocks > max_num_blocks)
+    results = [jnp.where(too_many[:, None], jnp.nan, out).astype(out.dtype)]
+    if return_lse:
+        results.append(lse)
+    if return_density:
+        results.append(density(layout, q_offset, kv_len, q.shape[1], tiles))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def a_shape_attention(
+    q: Array, k: Array, v: Array, *, sink_size: int = 128, window_size: int = 3968, **shared
+) -> Array | tuple[Array, ...]:
+    """Causal attention to the first ``sink_size`` keys and the nearest ``window_size``, exact to the token.
+
+    Args:
+      sink_size: keys at the start that every query sees, in tokens.
+      window_size: nearest keys that a query sees, itself included, in tokens.
+      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+
+    Returns and raises: as ``sparse_attention``.
+    """
+    return sparse_attention(q, k, v, AShape(sink_size=sink_size, window_size=window_size), **shared)
+
+
+def vertical_slash_attention(
+    q: Array, k: Array, v: Array, *, vertical_size: int = 1000, slash_size: int = 6096, **shared
+) -> Array | tuple[Array, ...]:
+    """Causal attention to the heaviest keys (verticals) and query-key distances (slashes), found from the last queries.
+
+    Args:
+      vertical_size: keys that every later query sees, in tokens; at least 30 are kept.
+      slash_size: distances that every query sees, in tokens; at least 50 are kept, each widened to 64 keys per
+        64 queries.
+      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+
+    Returns and raises: as ``sparse_attention``.
+    """
+    return sparse_attention(q, k, v, VerticalSlash(vertical_size=vertical_size, slash_size=slash_size), **shared)
+
+
+def block_sparse_attention(
+    q: Array, k: Array, v: Array, *, num_blocks: int = 100, **shared
+) -> Array | tuple[Array, ...]:
+    """Causal attention to the heaviest blocks of 64 keys for every 64 queries, found from block means.
+
+    Args:
+      num_blocks: key blocks per query block, the diagonal one included.
+      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+
+    Returns and raises: as ``sparse_attention``.
+    """
+    return sparse_attention(
+        q, k, v, BlockSparse(num_blocks=num_blocks), **{"max_num_blocks": max(num_blocks, 1), **shared}
+    )
+
+
+def _pattern_arrays(pattern: PatternArrays | HeadPattern, num_heads: int, max_num_blocks: int) -> PatternArrays:
+    """Checks a pattern against the number of heads, and its sizes where they can be read."""
+    if max_num_blocks < 1:
+        raise ValueError(f"{max_num_blocks=} must be at least 1")
+    if not isinstance(pattern, PatternArrays):
+        pattern = PatternArrays(*(x[0] for x in uniform_patterns(1, num_heads, pattern).arrays()))
+    for name, x in pattern._asdict().items():
+        if jnp.shape(x) != (num_heads,) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            raise ValueError(
+                f"pattern.{name} is {_describe(x)}, it must be integers of shape ({num_heads},), one a head"
+            )
+    if not isinstance(pattern.num_blocks, jax.core.Tracer) and np.max(pattern.num_blocks) > max_num_blocks:
+        raise ValueError(f"a head keeps {np.max(pattern.num_blocks)} blocks, more than {max_num_blocks=}")
+    return PatternArrays(*(jnp.asarray(x, jnp.int32) for x in pattern))
+
+
+def _run(implementation: str | None, function: int, *args, **kwargs) -> tuple[Array, Array]:
+    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
+    if implementation is not None:
+        for entry in IMPLEMENTATIONS:
+            if entry[0] == implementation:
+                return entry[function](*args, **kwargs)
+        raise ValueError(f"{implementation=} is not one of {[name for name, *_ in IMPLEMENTATIONS]}")
+    reasons = []
+    for entry in IMPLEMENTATIONS:
+        try:
+            return entry[function](*args, **kwargs)
+        except NotImplementedError as error:
+            reasons.append(f"{entry[0]}: {error}")
+    raise NotImplementedError("no implementation can do this call; " + "; ".join(reasons))
+
+
+@jax.custom_jvp
+def _forward_only(x: Array) -> Array:
+    return x
+
+
+@_forward_only.defjvp
+def _no_gradient(primals, tangents):
+    raise NotImplementedError("minference_jax attention is for prefill only and has no gradient")
+
+
+def _describe(x) -> str:
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+
+
+def _prepare(q, k, v, scale, kv_len, q_offset):
+    """Checks the shared arguments; nothing is copied."""
+    shapes = f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}"
+    if not jnp.ndim(q) == jnp.ndim(k) == jnp.ndim(v) == 4:
+        raise ValueError(f"{shapes}: all three must have four axes, q [B, T, N, H], k and v [B, S, K, H]")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: k and v must have one shape, and the batch and head_dim of q")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"{shapes}: no axis may be empty")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"num_heads={q.shape[2]} must be a multiple of num_kv_heads={k.shape[2]}")
+    if not (str(q.dtype) in DTYPES and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"{shapes}: all three must have one dtype of {', '.join(DTYPES)}")
+    if q_offset is None and kv_len is None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"q_len={q.shape[1]} differs from kv_len={k.shape[1]}: give q_offset, kv_len or both")
+    if scale is not None and not np.isfinite(scale):
+        raise ValueError(f"{scale=} must be a finite number")
+    batch, size = k.shape[:2]
+    kv_len = _per_sequence("kv_len", size if kv_len is None else kv_len, batch, 0, size)
+    q_offset = _per_sequence("q_offset", 0 if q_offset is None else q_offset, batch, 0, FAR - q.shape[1])
+    q, k, v = (_forward_only(x) for x in (q, k, v))
+    return q, k, v, q.shape[3] ** -0.5 if scale is None else scale, kv_len, q_offset
+
+
+def _per_sequence(name: str, value: ArrayLike, batch: int, low: int, high: int) -> Array:
+    if jnp.shape(value) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{name} is {_describe(value)}, it must be an integer or integers of shape ({batch},)")
+    if not isinstance(value, jax.core.Tracer):
+        known = np.asarray(value)  # in numpy: inside a scan even a known jax array's own min is traced
+        if not (low <= known.min() and known.max() <= high):
+            raise ValueError(f"{name}={known.tolist()} must lie between {low} and {high}")
+    return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
