@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -56,6 +57,11 @@ def extend_cache(cache: KVCache, capacity: int) -> KVCache:
     """
     if capacity < cache.capacity:
         raise ValueError(f"{capacity=} must be at least the {cache.capacity} tokens that the cache holds already")
+    return _extended(cache, capacity)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _extended(cache: KVCache, capacity: int) -> KVCache:
     padding = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0)]
     return KVCache(jnp.pad(cache.k, padding), jnp.pad(cache.v, padding), jnp.copy(cache.length))
 

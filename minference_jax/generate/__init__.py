@@ -1,0 +1,7 @@
+"""From a prompt to an answer: jitted prefill of any attention, decoding, sampling, text."""
+
+from minference_jax.generate.attend import ATTENTION_NAMES
+from minference_jax.generate.language_model import Completion, LanguageModel, PrefillResult
+from minference_jax.generate.prompts import bucket_length
+
+__all__ = ["ATTENTION_NAMES", "Completion", "LanguageModel", "PrefillResult", "bucket_length"]

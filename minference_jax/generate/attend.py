@@ -1,0 +1,99 @@
+"""The attention that a prefill asks for by name, as what a model's `attend` argument takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from minference_jax.attention import dense_attention, sparse_attention
+from minference_jax.models import Attend
+from minference_jax.patterns import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    ModelPatterns,
+    PatternArrays,
+    VerticalSlash,
+    uniform_patterns,
+)
+
+_UNIFORM = {"a_shape": AShape, "vertical_slash": VerticalSlash, "block_sparse": BlockSparse}
+ATTENTION_NAMES = ("minference", "dense", *_UNIFORM)
+"""What `attention` may be: the model's own patterns, exact attention, or one pattern for every head."""
+
+_MIN_BLOCK_CAPACITY = 128  # blocks a block-sparse head may keep before another program is compiled for more
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAttend:
+    """Exact attention by a chosen implementation; an `Attend`. Equal ones share compiled programs."""
+
+    implementation: str | None
+
+    def __call__(self, q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[jax.Array, None]:
+        implementation = self.implementation
+        out = dense_attention(q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len, implementation=implementation)
+        return out, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttend:
+    """Each head by its own pattern; an `Attend` whose layer input is PatternArrays [N]. Also gives density [B, N]."""
+
+    implementation: str | None
+    max_num_blocks: int
+
+    def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> tuple[jax.Array, Any]:
+        return sparse_attention(
+            q,
+            k,
+            v,
+            layer_input,
+            scale=scale,
+            q_offset=q_offset,
+            kv_len=kv_len,
+            return_density=True,
+            max_num_blocks=self.max_num_blocks,
+            implementation=self.implementation,
+        )
+
+
+def choose_attend(
+    attention: str,
+    pattern: HeadPattern | ModelPatterns | None,
+    *,
+    patterns: ModelPatterns,
+    implementation: str | None,
+) -> tuple[Attend, PatternArrays | None]:
+    """How to attend, static and hashable, and the pattern arrays [L, N] that go in as data.
+
+    Args:
+        attention: one of `ATTENTION_NAMES`.
+        pattern: sizes of a uniform pattern; for "minference", other patterns than the model's; None for "dense".
+        patterns: the model's own.
+        implementation: of the attention; None = the first that can.
+
+    Raises:
+        ValueError: an unknown name, or a pattern that does not belong to it.
+    """
+    if attention not in ATTENTION_NAMES:
+        raise ValueError(f"{attention=} must be one of {', '.join(ATTENTION_NAMES)}")
+    if attention == "dense":
+        if pattern is not None:
+            raise ValueError(f"attention='dense' takes no pattern, got {pattern}")
+        return DenseAttend(implementation=implementation), None
+    shape = patterns.num_layers, patterns.num_heads
+    if attention == "minference":
+        if not isinstance(pattern, ModelPatterns | None):
+            raise ValueError(f"attention='minference' takes ModelPatterns or None, got {pattern!r}")
+        patterns = patterns if pattern is None else pattern
+        patterns.check(*shape)
+    else:
+        kind = _UNIFORM[attention]
+        if not isinstance(pattern, kind):
+            raise ValueError(f"{attention=} needs pattern={kind.__name__}(...) with its sizes, got {pattern!r}")
+        patterns = uniform_patterns(*shape, pattern)
+    capacity = max(_MIN_BLOCK_CAPACITY, 1 << (patterns.max_num_blocks - 1).bit_length())
+    return SparseAttend(implementation=implementation, max_num_blocks=capacity), patterns.arrays()

@@ -1,0 +1,284 @@
+"""A model, its tokenizer and its patterns: reads prompts with a chosen attention and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from minference_jax.cache import KVCache, extend_cache, init_cache
+from minference_jax.generate.attend import choose_attend
+from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
+from minference_jax.generate.sampling import Sampling, choose
+from minference_jax.generate.streaming import TextPieces, decode_text
+from minference_jax.models import Attend, Llama
+from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
+
+
+class PrefillResult(NamedTuple):
+    """What reading prompts leaves behind; decoding from it leaves it as it is.
+
+    Attributes:
+        logits: float32 [B, V], after the last token of each prompt.
+        cache: keys and values of the prompts, padded to the bucket.
+        density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention.
+    """
+
+    logits: jax.Array
+    cache: KVCache
+    density: jax.Array | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        tokens: new token ids, without the stop token.
+        text: the same as text, without special tokens; None where the model has no tokenizer.
+        finish_reason: "stop" where a stop token came, "length" where max_new_tokens were made.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    finish_reason: Literal["stop", "length"]
+
+
+class LanguageModel:
+    """A model with what it needs to read and write text.
+
+    Args:
+        model: a Llama.
+        tokenizer: of transformers; None = prompts and answers are token ids only.
+        patterns: of every head, for attention="minference"; None = the documented default pattern for every head.
+        stop_tokens: ids that end an answer; None = the tokenizer's end-of-sequence token.
+
+    Raises:
+        ValueError: patterns for another number of layers or heads.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Any = None,
+        patterns: ModelPatterns | None = None,
+        *,
+        stop_tokens: Sequence[int] | None = None,
+    ):
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.patterns = patterns or uniform_patterns(self.config.num_layers, self.config.num_heads)
+        self.patterns.check(self.config.num_layers, self.config.num_heads)
+        if stop_tokens is None:
+            end = getattr(tokenizer, "eos_token_id", None)
+            stop_tokens = () if end is None else (end,)
+        self.stop_tokens = frozenset(int(token) for token in stop_tokens)
+        self._graph, self._state = nnx.split(model)
+
+    @property
+    def model(self) -> Llama:
+        """The model itself; its parameters are shared, not copied."""
+        return nnx.merge(self._graph, self._state)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds to one.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        return list(self._need_tokenizer().encode(text))
+
+    def encode_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for the model's answer.
+
+        Args:
+            messages: {"role": ..., "content": ...} in order, or the text of a single user's message.
+
+        Raises:
+            ValueError: the model has no tokenizer, or that has no chat template.
+        """
+        tokenizer = self._need_tokenizer()
+        if not tokenizer.chat_template:
+            raise ValueError("the model's tokenizer has no chat template: use encode for plain text")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+
+    def prefill(
+        self,
+        prompts: Tokens | Sequence[Tokens],
+        *,
+        attention: str = "minference",
+        pattern: HeadPattern | ModelPatterns | None = None,
+        implementation: str | None = None,
+    ) -> PrefillResult:
+        """Reads prompts, all at once. One program is compiled per batch size, bucket of lengths and kind of attention.
+
+        Args:
+            prompts: token ids of one prompt, or of several of any lengths.
+            attention: "minference" (every head by its pattern), "dense", or one pattern for every head: "a_shape",
+                "vertical_slash", "block_sparse".
+            pattern: the sizes of that one pattern; for "minference" the patterns to use, None = the model's.
+            implementation: of the attention; None = the first that can do the call.
+
+        Raises:
+            ValueError: an empty prompt, one longer than the model can read, ids that are not its tokens, an unknown
+                attention or implementation, a pattern that does not fit.
+            NotImplementedError: the named implementation can't do the call.
+        """
+        tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
+        attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, implementation=implementation)
+        return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+
+    def decode(
+        self,
+        prefilled: PrefillResult,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        key: jax.Array | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the next token of every row, int32 [B], max_new_tokens times, with dense attention over the cache.
+
+        Args:
+            prefilled: from `prefill`; it stays usable.
+            max_new_tokens: how many tokens to make.
+            temperature, top_p: how tokens are drawn; temperature 0 = the likeliest.
+            key: of jax.random, where tokens are drawn; not to be used for anything else.
+
+        Raises:
+            ValueError: options out of range, a missing key, or more tokens than the model has positions for. At the
+                call, not at the first token.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        sampling.check_key(key)
+        if max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens=} must be at least 1")
+        longest = int(np.max(prefilled.cache.length))
+        if longest + max_new_tokens > self.config.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
+                f"the model has {self.config.max_length}"
+            )
+        return self._decode(prefilled, longest, max_new_tokens, sampling, key)
+
+    def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
+        logits, cache = prefilled.logits, None
+        for made in range(max_new_tokens):
+            token, key = choose(logits, sampling, key)
+            yield np.asarray(token)
+            if made + 1 == max_new_tokens:
+                return
+            if cache is None:  # the steps donate it: this is a copy of the prompt's
+                cache = extend_cache(prefilled.cache, bucket_length(longest + max_new_tokens))
+            logits, cache = _read_token(self._graph, self._state, token, cache)
+
+    def complete(
+        self, prefilled: PrefillResult, *, stop_tokens: Sequence[int] | None = None, **options: Any
+    ) -> list[Completion]:
+        """The answer of every row, up to a stop token or max_new_tokens.
+
+        Args:
+            prefilled: from `prefill`; it stays usable.
+            stop_tokens: ids that end an answer; None = the model's.
+            options: of `decode`: max_new_tokens, temperature, top_p, key.
+
+        Raises:
+            ValueError: as in `decode`.
+        """
+        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        rows: list[list[int]] = [[] for _ in range(prefilled.logits.shape[0])]
+        stopped = [False] * len(rows)
+        for tokens in self.decode(prefilled, **options):
+            for index, token in enumerate(tokens.tolist()):
+                stopped[index] = stopped[index] or token in stops
+                if not stopped[index]:
+                    rows[index].append(token)
+            if all(stopped):
+                break
+        return [self._completion(row, end) for row, end in zip(rows, stopped, strict=True)]
+
+    def stream(
+        self, prefilled: PrefillResult, *, stop_tokens: Sequence[int] | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Yields the answer to a single prompt as text, piece by piece, each of whole characters.
+
+        Args:
+            prefilled, stop_tokens, options: as in `complete`.
+
+        Raises:
+            ValueError: as in `decode`; several rows; the model has no tokenizer. At the call, not at the first piece.
+        """
+        if prefilled.logits.shape[0] != 1:
+            raise ValueError(f"stream takes a single prompt, got a batch of {prefilled.logits.shape[0]}")
+        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        return _text(TextPieces(self._need_tokenizer()), self.decode(prefilled, **options), stops)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Tokens | Sequence[Tokens],
+        *,
+        attention: str = "minference",
+        pattern: HeadPattern | ModelPatterns | None = None,
+        implementation: str | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Reads prompts and answers each: `prefill`, then `complete`.
+
+        Args:
+            prompts: one or several, each a text (encoded as by `encode`) or token ids.
+            attention, pattern, implementation: as in `prefill`.
+            options: of `complete`: max_new_tokens, temperature, top_p, key, stop_tokens.
+
+        Raises:
+            ValueError, NotImplementedError: as in `prefill` and `decode`.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if len(prompts) and isinstance(prompts[0], str):
+            prompts = [self.encode(text) for text in prompts]
+        prefilled = self.prefill(prompts, attention=attention, pattern=pattern, implementation=implementation)
+        return self.complete(prefilled, **options)
+
+    def _completion(self, tokens: list[int], stopped: bool) -> Completion:
+        text = None if self.tokenizer is None else decode_text(self.tokenizer, tokens)
+        return Completion(tokens=tuple(tokens), text=text, finish_reason="stop" if stopped else "length")
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer: give token ids, and read answers with complete or decode")
+        return self.tokenizer
+
+
+def _text(pieces: TextPieces, tokens: Iterator[np.ndarray], stops: frozenset[int]) -> Iterator[str]:
+    for (token,) in tokens:
+        if int(token) in stops:
+            break
+        if piece := pieces.push(int(token)):
+            yield piece
+    if rest := pieces.finish():
+        yield rest
+
+
+@partial(jax.jit, static_argnames=("graph", "attend"))
+def _prefill(
+    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
+) -> PrefillResult:
+    """Weights and patterns are arguments: other values of either run the same program."""
+    model = nnx.merge(graph, state)
+    shape = model.config.num_kv_heads, model.config.head_dim
+    cache = init_cache(model.config.num_layers, *tokens.shape, *shape, model.dtype)
+    return PrefillResult(*model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _read_token(graph: Any, state: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """One step of decoding: the next logits, and the donated cache with one more token in each row."""
+    logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
+    return logits, cache
