@@ -23,7 +23,7 @@ import numpy as np
 
 from minference_jax.convert.aside import publish, written_aside
 from minference_jax.convert.hf_config import read_config
-from minference_jax.convert.hf_folder import CONFIG_FILE, load_tokenizer_folder, read_json
+from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, load_tokenizer_folder, read_json
 from minference_jax.convert.hf_weights import Parameter, match_weights, stored_tensors
 from minference_jax.convert.sources import locate, open_source
 from minference_jax.convert.stacking import check_store, source_layers, stack, stored_layers
@@ -151,6 +151,26 @@ def load_tokenizer(source: Source) -> Any:
         return load_tokenizer_folder(path)
     with closing(open_source(path)) as opened:
         return opened.load_tokenizer()
+
+
+def load_stop_tokens(source: Source) -> tuple[int, ...]:
+    """The ids after which the model has nothing more to say: eos_token_id of its generation config, else of its config.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    path = locate(source, weights=False)
+    if path.is_dir():
+        candidates = [path / name for name in (GENERATION_FILE, CONFIG_FILE) if (path / name).is_file()]
+        configs = [read_json(candidate) for candidate in candidates]
+    else:
+        with closing(open_source(path)) as opened:
+            configs = [opened.config]
+    for config in configs:
+        stops = config.get("eos_token_id")
+        if stops is not None:
+            return tuple(stops) if isinstance(stops, list) else (stops,)
+    raise ValueError(f"{source} names no eos_token_id")
 
 
 def checkpoint_patterns(source: Source) -> Path | None:

@@ -83,6 +83,7 @@ class GGUFFile:
     def __init__(self, path: Path):
         self._file, self._start, self._size, self.name = _open(path)
         try:
+            self._file.seek(self._start)
             self._read_header()
         except BaseException:
             self.close()
@@ -160,11 +161,30 @@ class GGUFFile:
             raise ValueError(f"{self.name} is cut short: its header needs {count - left} bytes more")
         return self._file.read(count)
 
+    def check_types(self, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+        """Makes sure that metadata has the types that the specification gives it.
+
+        Args:
+            kinds: key -> type or types; a key that the file lacks is no fault.
+
+        Raises:
+            ValueError: names the first key of another type.
+        """
+        for key, kind in kinds.items():
+            value = self.metadata.get(key)
+            if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+                continue
+            raise ValueError(f"{self.name}: {key} has the wrong type: {type(value).__name__}")
+
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
 
     def _string(self) -> str:
-        return self._bytes(self._number("<Q")).decode("utf-8", errors="strict")
+        raw = self._bytes(self._number("<Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.name} is damaged: text in its header is not UTF-8 ({error.reason})") from None
 
     def _kind(self) -> GGUFValueType:
         code = self._number("<I")

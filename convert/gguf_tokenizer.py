@@ -25,6 +25,21 @@ class _TokenType(IntEnum):
     BYTE = 6
 
 
+# Metadata that is read, and its type
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.tokens": list,
+    "tokenizer.ggml.merges": list,
+    "tokenizer.ggml.scores": np.ndarray,
+    "tokenizer.ggml.token_type": np.ndarray,
+    "tokenizer.ggml.add_space_prefix": bool,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
+    "tokenizer.chat_template": str,
+    **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
+}
+
 # llama.cpp's names of split rules that are supported
 _GPT2 = ("gpt-2",)
 _SMOLLM = ("smollm",)

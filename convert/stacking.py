@@ -21,6 +21,7 @@ Layers = Callable[[str], Iterator[tuple[int | None, np.ndarray]]]  # name -> (la
 
 
 def check_store(store: TensorStore, config: LlamaConfig, path: Path) -> None:
+    """Raises WeightError where a checkpoint's tensors are not exactly those of its config."""
     needed = {
         layer_key(name, layer): shape if layer is None else shape[1:]
         for name, shape in parameter_shapes(config).items()
@@ -63,6 +64,17 @@ def source_layers(source: WeightSource, parameters: list[Parameter]) -> Layers:
 
 
 def stack(config: LlamaConfig, dtype: np.dtype, layers: Layers, progress: Progress | None) -> dict[str, jax.Array]:
+    """All parameters as arrays on the default device, stacked one by one in host memory.
+
+    Args:
+        config: of the model.
+        dtype: of the arrays.
+        layers: reads the layers of a parameter.
+        progress: called after every parameter.
+
+    Raises:
+        ValueError: a number that dtype can't hold.
+    """
     shapes = parameter_shapes(config)
     total, done = sum(map(math.prod, shapes.values())) * dtype.itemsize, 0
     arrays: dict[str, jax.Array] = {}

@@ -50,10 +50,12 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[ocp.future.Future]:
         """Reads, writes and forgets one tensor after the other."""
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            array = np.ascontiguousarray(value.read())
-            for written in await super().serialize([array], [info], [arg]):
-                written.result()
+            await self._serialize_one(np.ascontiguousarray(value.read()), info, arg)
         return []
+
+    async def _serialize_one(self, array: np.ndarray, info: ocp.type_handlers.ParamInfo, arg: ocp.SaveArgs) -> None:
+        for written in await super().serialize([array], [info], [arg]):
+            written.result()
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
