@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minference_jax.models import LlamaConfig, RopeConfig
@@ -70,6 +72,19 @@ def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformer
         )
     model.load_state_dict(_state_dict(parameters), strict=True)
     return model.float().eval()
+
+
+def load_gguf(path: Path) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a GGUF file, dequantised to float32 by transformers; it never stops by itself."""
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config._attn_implementation = "eager"
+    model = transformers.LlamaForCausalLM(config).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:  # which is tied to the embedding
+        raise ValueError(f"{path}: {missing=}, {unexpected=}")
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, bos_token_id=None)
+    return model, transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @torch.no_grad()
