@@ -21,8 +21,9 @@ from minference_jax.kernels.tiles import TileConfig
 SHARED_TILES = 4
 """Query tiles that share their keys in one step."""
 SHARED_WIDTH = 1024
+COLUMN_WIDTH = 256
 """Keys per step of ``SHARED_TILES`` tiles."""
-TILE_WIDTH = 512
+TILE_WIDTH = 256
 """Keys per step of one tile."""
 LONG_RUN = 4
 """Blocks side by side from which sharing pays: n + 3 shared blocks at twice the speed against 4 n / 4."""
@@ -151,7 +152,7 @@ def _head(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles:
     num_groups = -(-q_len // group_q)
     group_rows, tile_rows = (jnp.arange(n, dtype=jnp.int32) for n in (group_q, block_q))
 
-    width = min(SHARED_WIDTH, layout.columns.size)
+    width = min(COLUMN_WIDTH, layout.columns.size)
     column_k, column_v, columns = _gather_columns(k, v, layout, width)
     used = jnp.arange(layout.columns.size) < layout.column_counts
     is_column = jnp.zeros(k.shape[:1], bool).at[jnp.where(used, layout.columns, FAR)].set(True, mode="drop")
@@ -161,28 +162,29 @@ def _head(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles:
     shared, alone = _pad_blocks(shared, SHARED_WIDTH // block_kv), _pad_blocks(alone, TILE_WIDTH // block_kv)
     ids = _pad_list(jnp.minimum(layout.block_ids, FAR // block_kv), TILE_WIDTH // block_kv, FAR // block_kv)
 
-    def add_blocks(acc, q, rows, origin, starts, see):
-        """Adds blocks at the key positions ``starts``; ``see`` gives the rows that see keys relative to ``origin``."""
-        copies = [[lax.dynamic_slice_in_dim(x, at + block_kv, block_kv) for at in starts] for x in (k, v, is_column)]
-        keys, values, skip = (jnp.concatenate(x) for x in copies)
-        position = (starts[:, None] + jnp.arange(block_kv, dtype=jnp.int32)).reshape(-1)
-        first, end = see(position - origin)
-        first = jnp.maximum(first, position - origin)  # causal
-        end = jnp.minimum(end, position - origin + layout.windows)
-        end = jnp.where(skip | (position < 0) | (position >= length), 0, end)
-        return softmax.update(acc, q, keys, values, rows, first, end)
+    def add_blocks(acc, q, rows, origin, blocks, at, size):
+        """Adds ``size`` blocks from entry ``at`` on; the row of tile j keeps keys in [low, high) + j * block_q."""
+        starts, low, high = (lax.dynamic_slice_in_dim(x, at, size) for x in blocks)
+
+        def bounds(block):  # the first and the end of the rows that see each key
+            start, low, high = block
+            key = start + jnp.arange(block_kv, dtype=jnp.int32)
+            skip = lax.dynamic_slice_in_dim(is_column, start + origin + block_kv, block_kv)
+            skip |= (key + origin < 0) | (key + origin >= length)
+            first = jnp.maximum(key, ((key - high) // block_q + 1) * block_q)
+            end = jnp.minimum(key + layout.windows, ((key - low) // block_q + 1) * block_q)
+            return first, jnp.where(skip, 0, end)
+
+        copies = [
+            [lax.dynamic_slice_in_dim(x, start + origin + block_kv, block_kv) for start in starts] for x in (k, v)
+        ]
+        # A loop of its own: fused into the scores, the bounds would be computed once for every score.
+        first, end = lax.map(bounds, (starts, low, high))
+        return softmax.update(acc, q, *map(jnp.concatenate, copies), rows, first.reshape(-1), end.reshape(-1))
 
     def add_shared(acc, q, origin):
-        def step(i, acc):
-            starts, low, high = (lax.dynamic_slice_in_dim(x, i * size, size) for x in shared)
-            low, high = (jnp.repeat(x, block_kv, total_repeat_length=size * block_kv) for x in (low, high))
-
-            def see(key):  # tile j of the group keeps low + j * block_q <= key < high + j * block_q
-                return ((key - high) // block_q + 1) * block_q, ((key - low) // block_q + 1) * block_q
-
-            return add_blocks(acc, q, group_rows, origin, origin + starts, see)
-
         size = SHARED_WIDTH // block_kv
+        step = lambda i, acc: add_blocks(acc, q, group_rows, origin, shared, i * size, size)  # noqa: E731
         return lax.fori_loop(0, _steps(shared.starts > -origin - block_kv, size), step, acc)
 
     def add_columns(acc, q, origin):
@@ -193,20 +195,13 @@ def _head(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles:
         return lax.fori_loop(0, _steps(columns < origin + group_q, width), step, acc)
 
     def add_alone(acc, q, origin, ids, id_count):
-        def see(key):
-            return jnp.zeros_like(key), jnp.full_like(key, block_q)
-
-        def slash(i, acc):
-            starts = lax.dynamic_slice_in_dim(alone.starts, i * size, size)
-            return add_blocks(acc, q, tile_rows, origin, origin + starts, see)
-
-        def listed(i, acc):
-            starts = lax.dynamic_slice_in_dim(ids, i * size, size) * block_kv
-            return add_blocks(acc, q, tile_rows, origin, starts, see)
-
         size = TILE_WIDTH // block_kv
-        acc = lax.fori_loop(0, _steps(alone.starts > -origin - block_kv, size), slash, acc)
-        return lax.fori_loop(0, (id_count + size - 1) // size, listed, acc)
+        starts = ids * block_kv - origin
+        listed = _Blocks(starts, starts, starts + block_kv)
+        slash_step = lambda i, acc: add_blocks(acc, q, tile_rows, origin, alone, i * size, size)  # noqa: E731
+        listed_step = lambda i, acc: add_blocks(acc, q, tile_rows, origin, listed, i * size, size)  # noqa: E731
+        acc = lax.fori_loop(0, _steps(alone.starts > -origin - block_kv, size), slash_step, acc)
+        return lax.fori_loop(0, (id_count + size - 1) // size, listed_step, acc)
 
     def group(args):
         index, q, ids, id_counts = args
