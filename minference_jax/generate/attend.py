@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from minference_jax.attention import dense_attention, sparse_attention
 from minference_jax.models import Attend
 from minference_jax.patterns import (
@@ -19,7 +17,11 @@ from minference_jax.patterns import (
     uniform_patterns,
 )
 
-_UNIFORM = {"a_shape": AShape, "vertical_slash": VerticalSlash, "block_sparse": BlockSparse}
+_UNIFORM: dict[str, type[AShape] | type[VerticalSlash] | type[BlockSparse]] = {
+    "a_shape": AShape,
+    "vertical_slash": VerticalSlash,
+    "block_sparse": BlockSparse,
+}
 ATTENTION_NAMES = ("minference", "dense", *_UNIFORM)
 """What `attention` may be: the model's own patterns, exact attention, or one pattern for every head."""
 
@@ -32,7 +34,7 @@ class DenseAttend:
 
     implementation: str | None
 
-    def __call__(self, q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[jax.Array, None]:
+    def __call__(self, q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[Any, None]:
         implementation = self.implementation
         out = dense_attention(q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len, implementation=implementation)
         return out, None
@@ -45,7 +47,7 @@ class SparseAttend:
     implementation: str | None
     max_num_blocks: int
 
-    def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> tuple[jax.Array, Any]:
+    def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> Any:
         return sparse_attention(
             q,
             k,

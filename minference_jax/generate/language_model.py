@@ -239,11 +239,10 @@ class LanguageModel:
         Raises:
             ValueError, NotImplementedError: as in `prefill` and `decode`.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if len(prompts) and isinstance(prompts[0], str):
-            prompts = [self.encode(text) for text in prompts]
-        prefilled = self.prefill(prompts, attention=attention, pattern=pattern, implementation=implementation)
+        tokens: Any = [prompts] if isinstance(prompts, str) else prompts
+        if len(tokens) and isinstance(tokens[0], str):
+            tokens = [self.encode(text) for text in tokens]
+        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, implementation=implementation)
         return self.complete(prefilled, **options)
 
     def _completion(self, tokens: list[int], stopped: bool) -> Completion:
@@ -272,8 +271,8 @@ def _prefill(
 ) -> PrefillResult:
     """Weights and patterns are arguments: other values of either run the same program."""
     model = nnx.merge(graph, state)
-    shape = model.config.num_kv_heads, model.config.head_dim
-    cache = init_cache(model.config.num_layers, *tokens.shape, *shape, model.dtype)
+    config, (batch, capacity) = model.config, tokens.shape
+    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
     return PrefillResult(*model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -124,10 +125,10 @@ class MLP(nnx.Module):
     def __init__(
         self, size: int, intermediate_size: int, *, use_bias: bool, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
     ):
-        options = {"use_bias": use_bias, "rngs": rngs, "param_dtype": param_dtype}
-        self.gate_proj = Linear(size, intermediate_size, **options)
-        self.up_proj = Linear(size, intermediate_size, **options)
-        self.down_proj = Linear(intermediate_size, size, **options)
+        linear = partial(Linear, use_bias=use_bias, rngs=rngs, param_dtype=param_dtype)
+        self.gate_proj = linear(size, intermediate_size)
+        self.up_proj = linear(size, intermediate_size)
+        self.down_proj = linear(intermediate_size, size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -156,11 +157,11 @@ class Attention(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
     ):
         self.head_dim = head_dim
-        options = {"rngs": rngs, "param_dtype": param_dtype}
-        self.q_proj = Linear(hidden_size, num_heads * head_dim, use_bias=qkv_bias, **options)
-        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)
-        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias, **options)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, use_bias=o_bias, **options)
+        linear = partial(Linear, rngs=rngs, param_dtype=param_dtype)
+        self.q_proj = linear(hidden_size, num_heads * head_dim, use_bias=qkv_bias)
+        self.k_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias)
+        self.v_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias)
+        self.o_proj = linear(num_heads * head_dim, hidden_size, use_bias=o_bias)
 
     def __call__(
         self,

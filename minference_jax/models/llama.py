@@ -67,7 +67,7 @@ class LlamaConfig:
     def max_length(self) -> int:
         """Tokens that prompt and answer may have together: max_position_embeddings, stretched where rope is dynamic."""
         if self.rope.rope_type == "dynamic":
-            return int(self.max_position_embeddings * self.rope.factor)
+            return int(self.max_position_embeddings * self.rope.given("factor"))
         return self.max_position_embeddings
 
 

@@ -16,7 +16,7 @@ from minference_jax.models.llama import Llama, LlamaConfig
 _MODELS = {LlamaConfig: Llama}
 
 
-def _abstract_model(config: LlamaConfig) -> nnx.Module:
+def _abstract_model(config: LlamaConfig) -> Llama:
     """The model of `config` with shapes in place of arrays."""
     if type(config) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
@@ -62,8 +62,6 @@ def from_parameters(config: LlamaConfig, parameters: Mapping[str, jax.Array]) ->
     dtypes = sorted({str(array.dtype) for array in parameters.values()})
     if len(dtypes) > 1:
         raise ValueError(f"all parameters must have one dtype, got {', '.join(dtypes)}")
-    graph, _ = nnx.split(model)
-    state = nnx.from_flat_state(
-        {tuple(name.split(".")): nnx.Param(jax.numpy.asarray(array)) for name, array in parameters.items()}
-    )
-    return nnx.merge(graph, state)
+    for name, variable in variables.items():
+        variable.set_value(jax.numpy.asarray(parameters[name]))
+    return model

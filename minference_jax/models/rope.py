@@ -85,12 +85,16 @@ class RopeConfig:
                 raise ValueError(f"{field.name}={value!r} of rope_type={kind!r} must be positive")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta={self.rope_theta!r} must be positive")
-        if kind == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+        if kind == "llama3" and not self.given("high_freq_factor") > self.given("low_freq_factor"):
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
             )
         if kind == "yarn" and (self.beta_fast or 32) < (self.beta_slow or 1):
             raise ValueError(f"beta_fast={self.beta_fast or 32} must not be below beta_slow={self.beta_slow or 1}")
+
+    def given(self, name: str) -> float:
+        """A field that this rope_type requires, and so has."""
+        return getattr(self, name)
 
 
 def inverse_frequencies(
@@ -114,7 +118,7 @@ def inverse_frequencies(
     inv_freq = np.float32(1) / wavelength
     original = rope.original_max_position_embeddings or max_position_embeddings
     if rope.rope_type == "linear":
-        return inv_freq / np.float32(rope.factor), 1.0
+        return inv_freq / np.float32(rope.given("factor")), 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, inv_freq, original), 1.0
     if rope.rope_type == "yarn":
@@ -127,17 +131,19 @@ def _dynamic(rope, head_dim, max_position_embeddings, kv_len, exponents) -> jax.
     if head_dim <= 2:
         raise ValueError(f"{head_dim=} must exceed 2 for rope_type='dynamic'")
     length = jnp.maximum(kv_len, max_position_embeddings).astype(jnp.float32)
-    stretch = rope.factor * length / max_position_embeddings - (rope.factor - 1)
+    factor = rope.given("factor")
+    stretch = factor * length / max_position_embeddings - (factor - 1)
     base = rope.rope_theta * stretch ** (head_dim / (head_dim - 2))
     return 1.0 / base[:, None] ** exponents
 
 
 def _llama3(rope: RopeConfig, inv_freq: np.ndarray, original: int) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones stay, a ramp linear in frequency lies between."""
+    low, high = rope.given("low_freq_factor"), rope.given("high_freq_factor")
     rotations = original * inv_freq / (2 * math.pi)  # whole turns over the original context
-    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = (rotations - low) / (high - low)
     kept = np.clip(blend, 0.0, 1.0).astype(np.float32)
-    return (1 - kept) * inv_freq / np.float32(rope.factor) + kept * inv_freq
+    return (1 - kept) * inv_freq / np.float32(rope.given("factor")) + kept * inv_freq
 
 
 def _yarn(rope: RopeConfig, wavelength: np.ndarray, original: int) -> np.ndarray:
@@ -154,7 +160,7 @@ def _yarn(rope: RopeConfig, wavelength: np.ndarray, original: int) -> np.ndarray
     low, high = max(low, 0), min(high, head_dim - 1)
     width = (high - low) or 0.001  # a ramp of no width would divide by zero
     interpolated = np.clip((np.arange(pairs, dtype=np.float32) - low) / width, 0, 1).astype(np.float32)
-    stretched = 1 / (np.float32(rope.factor) * wavelength)
+    stretched = 1 / (np.float32(rope.given("factor")) * wavelength)
     return stretched * interpolated + (1 / wavelength) * (1 - interpolated)
 
 
@@ -162,8 +168,10 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
 
+    factor = rope.given("factor")
+
     def magnitude(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if rope.mscale and rope.mscale_all_dim:
         return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
