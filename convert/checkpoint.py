@@ -23,7 +23,8 @@ import numpy as np
 
 from minference_jax.convert.aside import publish, written_aside
 from minference_jax.convert.hf_config import read_config
-from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, load_tokenizer_folder, read_json
+from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, read_json
+from minference_jax.convert.hf_tokenizer import load_tokenizer_folder
 from minference_jax.convert.hf_weights import Parameter, match_weights, stored_tensors
 from minference_jax.convert.sources import locate, open_source
 from minference_jax.convert.stacking import check_store, source_layers, stack, stored_layers

@@ -53,7 +53,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 # Llama 3.1 and 3.2: the file holds the factors that these settings give instead of the settings.
-_LLAMA3_SETTINGS = [
+_LLAMA3_SETTINGS: list[dict[str, Any]] = [
     {
         "rope_type": "llama3",
         "factor": factor,

@@ -12,6 +12,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -244,7 +245,7 @@ def _open_member(archive: Path, wanted: str) -> tuple[BinaryIO, int, int, str]:
             unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - closed by GGUFFile.close
             with members.open(info) as packed:  # the checksum is verified at its end
                 shutil.copyfileobj(packed, unpacked, 2**20)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{archive} can't be unpacked: {error}") from None
     unpacked.seek(0)
     return unpacked, 0, info.file_size, name

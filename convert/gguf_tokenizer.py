@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from minference_jax.convert.hf_tokenizer import import_transformers
+
 _SPACE = "\u2581"  # how sentencepiece spells a space
 
 
@@ -96,10 +98,8 @@ def build_tokenizer(metadata: Mapping[str, Any], max_length: int, source: str) -
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     named = _named_tokens(metadata, tokens, source)
     _add_ends(tokenizer, metadata, named, vocabulary, source)
-    from transformers import PreTrainedTokenizerFast
-
     template = metadata.get("tokenizer.chat_template")
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES, has_tokenizer, load_tokenizer_folder
 from minference_jax.convert.weight_source import DTYPES, TensorInfo
 
 CONFIG_FILE = "config.json"
@@ -19,17 +20,6 @@ INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder with none of them has no tokenizer
-TOKENIZER_FILES = (
-    *_VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 _DTYPES = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
@@ -83,27 +73,6 @@ class HuggingFaceFolder:
 
     def close(self) -> None:
         """See `WeightSource.close`; no file stays open between calls."""
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the files of a tokenizer."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
-
-
-def load_tokenizer_folder(folder: Path) -> Any:
-    """The tokenizer of a folder with tokenizer files, by transformers' AutoTokenizer; code beside them is never run.
-
-    Raises:
-        ValueError: the folder has no tokenizer, or transformers can't load it.
-    """
-    if not has_tokenizer(folder):
-        raise ValueError(f"{folder} holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the library and its Rust part raise types of every kind
-        raise ValueError(f"the tokenizer in {folder} can't be loaded: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _is_tied_copy(source: WeightSource, config: LlamaConfig, tensor: str) -> boo
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
 
 
 def stored_tensors(parameters: list[Parameter], source: WeightSource) -> Mapping[str, TensorInfo]:

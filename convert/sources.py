@@ -9,7 +9,8 @@ from typing import Any
 
 from minference_jax.convert.gguf import GGUFSource
 from minference_jax.convert.gguf_file import ARCHIVES, SUFFIX
-from minference_jax.convert.hf_folder import GENERATION_FILE, TOKENIZER_FILES, HuggingFaceFolder
+from minference_jax.convert.hf_folder import GENERATION_FILE, HuggingFaceFolder
+from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from minference_jax.convert.weight_source import WeightSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

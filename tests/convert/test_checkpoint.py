@@ -113,10 +113,19 @@ def test_progress_counts_every_byte_once(source, tmp_path):
         assert {name for *_, name in calls} == parameters.keys()
 
 
-def test_conversion_prints_nothing(source, tmp_path, capfd):
-    convert_model(source, tmp_path / "checkpoint")
-    load_parameters(tmp_path / "checkpoint")
-    assert capfd.readouterr() == ("", "")
+def test_conversion_prints_nothing(make, source, tmp_path):
+    make.gguf(tmp_path / "m.gguf")
+    code = """
+import sys
+from minference_jax.convert.checkpoint import convert_model, load_parameters, load_tokenizer
+for source in sys.argv[1:]:
+    convert_model(source, source + "-checkpoint")
+    load_parameters(source + "-checkpoint")
+    load_tokenizer(source)
+"""
+    command = [sys.executable, "-P", "-c", code, str(source), str(tmp_path / "m.gguf")]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
 
 
 def test_one_tensor_is_in_memory_at_a_time_while_converting(source, tmp_path, monkeypatch):
