@@ -145,6 +145,32 @@ def density(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, ti
     return kept / jnp.maximum(dense.astype(jnp.float32).sum(axis=-1), 1.0)[:, None]
 
 
+def make_dense(layout: SparseLayout, heads: Array, kv_capacity: int, tiles: TileConfig) -> SparseLayout:
+    """Lets the marked heads keep everything.
+
+    Args:
+      layout: of B sequences and N heads.
+      heads: bool [B, N], True where the head becomes dense.
+      kv_capacity: S.
+      tiles: the sizes the layout was built for.
+
+    Returns:
+      SparseLayout of the same shapes.
+    """
+    index = jnp.arange(layout.offsets.shape[-1], dtype=jnp.int32)
+    count = -(-(kv_capacity + tiles.block_q - tiles.block_kv) // tiles.block_kv)
+    offsets = jnp.where(index < count, tiles.block_q - tiles.block_kv - index * tiles.block_kv, -FAR)
+    return SparseLayout(
+        offsets=jnp.where(heads[..., None], offsets, layout.offsets),
+        offset_counts=jnp.where(heads, count, layout.offset_counts),
+        columns=jnp.where(heads[..., None], FAR, layout.columns),
+        column_counts=jnp.where(heads, 0, layout.column_counts),
+        windows=jnp.where(heads, FAR, layout.windows),
+        block_ids=layout.block_ids,
+        block_counts=jnp.where(heads[..., None], 0, layout.block_counts),
+    )
+
+
 def layout_mask(
     layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, kv_capacity: int, tiles: TileConfig
 ) -> Array:

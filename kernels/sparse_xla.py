@@ -98,7 +98,7 @@ def attention(
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
     """
     num_heads, group_size = q.shape[2], q.shape[2] // k.shape[2]
-    run_head = functools.partial(_head, scale=scale, tiles=tiles)
+    run_head = functools.partial(_head_kernel, scale=scale, tiles=tiles)
 
     def sequence(args):
         q, k, v, layout, offset, length = args
@@ -143,7 +143,7 @@ def _gather_columns(k: Array, v: Array, layout: SparseLayout, width: int) -> tup
     return keys, values, positions
 
 
-def _head(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles: TileConfig):
+def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles: TileConfig):
     """One head of one sequence: q [T, H], k, v float32 [S, H] -> out [T, H], lse [T]."""
     block_q, block_kv = tiles.block_q, tiles.block_kv
     q_len, head_dim = q.shape

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from minference_jax import estimate
-from minference_jax.kernels.layouts import FAR, SparseLayout, compact, slash_offsets
+from minference_jax.kernels.layouts import FAR, SparseLayout, compact, density, make_dense, slash_offsets
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import PatternArrays, PatternKind
 
@@ -24,7 +24,8 @@ def build_layout(
 ) -> SparseLayout:
     """Estimates what each head of a layer keeps and lays it out for the kernels, all heads at once.
 
-    Kinds that no head has cost nothing at run time.
+    Kinds that no head has cost nothing at run time. A vertical-slash head whose tiles would cost as much as dense
+    attention becomes dense.
 
     Args:
       q: [B, T, N, H]. k: [B, S, K, H].
@@ -66,7 +67,7 @@ def build_layout(
     blocks = _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks)
     offsets, offset_counts = slash_offsets(slashes, tiles)
     windows = jnp.where(pattern.kind == PatternKind.A_SHAPE, pattern.window_size, FAR).astype(jnp.int32)
-    return SparseLayout(
+    layout = SparseLayout(
         offsets=offsets,
         offset_counts=offset_counts,
         columns=compact(verticals, size),
@@ -75,6 +76,9 @@ def build_layout(
         block_ids=blocks.block_ids,
         block_counts=blocks.block_counts,
     )
+    # Scattered slashes on a short prompt can cost more tiles than dense: then dense is both cheaper and exact.
+    costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1
+    return make_dense(layout, costs_dense & is_vertical_slash[:, 0], size, tiles)
 
 
 def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks) -> estimate.BlockSparseIndices:
