@@ -1,0 +1,72 @@
+"""`minference-jax generate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+
+from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, read_prompt
+from minference_jax.cli.progress import Steps, wants_bars
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads the prompt and prints the answer as it comes."""
+    attention, text, key = choose_attention(arguments), read_prompt(arguments), random_key(arguments)
+    if "" in arguments.stop:
+        raise ValueError("--stop needs a text that is not empty")
+    model = load_model(arguments)
+    prompt = encode_prompt(model, text, arguments)
+    with Steps(1, wants_bars(arguments.progress)) as steps, steps.step(f"read {len(prompt.tokens)} tokens"):
+        prefilled = model.prefill(
+            prompt.tokens,
+            attention=attention.name,
+            pattern=attention.pattern,
+            implementation=arguments.implementation,
+        )
+        jax.block_until_ready(prefilled)
+    pieces = model.stream(
+        prefilled,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        key=key,
+    )
+    for piece in until_stop(pieces, arguments.stop):
+        print(piece, end="", flush=True)
+    print()
+
+
+def random_key(arguments: argparse.Namespace) -> jax.Array | None:
+    """The key of the random draws; None where the likeliest token is taken.
+
+    Raises:
+        ValueError: a seed that has no effect.
+    """
+    if arguments.temperature == 0:
+        if arguments.seed is not None:
+            raise ValueError("--seed has no effect at --temperature 0; give a temperature above 0")
+        return None
+    return jax.random.key(0 if arguments.seed is None else arguments.seed)
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of the pieces before the first stop text; what may be the start of one waits until it is clear.
+
+    Args:
+        pieces: text as it comes.
+        stops: texts that end it, none of them empty.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.find(stop) for stop in stops if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        starts = [size for stop in stops for size in range(1, len(stop)) if held.endswith(stop[:size])]
+        ready = len(held) - max(starts, default=0)
+        yield held[:ready]
+        held = held[ready:]
+    yield held

@@ -1,0 +1,169 @@
+"""Subcommands and options. Nothing heavy is imported here, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+ATTENTION_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse", "dense")
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL_HELP = (
+    "checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one; "
+    "without it SmolLM2-135M-Instruct, downloaded and converted once"
+)
+
+
+class UsageError(Exception):
+    """Arguments that do not parse."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one sentence."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError where argparse would print a page and exit."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+class Version(argparse.Action):
+    """--version, read when asked for: looking up an installed version takes a while."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> NoReturn:
+        """Prints program and version and exits."""
+        from minference_jax import __version__
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
+
+
+def build_parser(program: str) -> Parser:
+    """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
+    parser = Parser(prog=program, description="Prefill of long prompts with sparse attention (MInference) in JAX.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_prefill(commands)
+    _add_generate(commands)
+    _add_convert(commands)
+    _add_patterns(commands)
+    return parser
+
+
+def _add_prefill(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prefill",
+        help="time dense against sparse prefill of one prompt and compare the answers",
+        description="Read one prompt with dense and with the chosen attention: times, density, and whether they agree.",
+    )
+    parser.set_defaults(module="prefill_command")
+    _add_model(parser)
+    _add_prompt(parser)
+    _add_attention(parser)
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="tokens to compare (32)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="answer a prompt, as text that streams", description="Answer one prompt; the text streams."
+    )
+    parser.set_defaults(module="generate_command")
+    _add_model(parser)
+    _add_prompt(parser)
+    _add_attention(parser)
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="most tokens to make (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest token (0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest that make up this share (1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random draws, where temperature is above 0 (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert a pretrained model to a checkpoint folder",
+        description="Convert a Hugging Face folder or hub id or a GGUF file (also in a .whl or .zip).",
+    )
+    parser.set_defaults(module="convert_command")
+    parser.add_argument("source", metavar="SOURCE", help="the pretrained model")
+    parser.add_argument("destination", metavar="DESTINATION", help="the new checkpoint folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it as they are in the source")
+    parser.add_argument("--patterns", metavar="FILE", help="pattern file to store with the weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DESTINATION")
+    _add_progress(parser)
+
+
+def _add_patterns(commands: Any) -> None:
+    parser = commands.add_parser(
+        "patterns", help="show or check a pattern file", description="Show or check a pattern file."
+    )
+    parser.set_defaults(module="patterns_command")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, does in (("show", "print which patterns the heads of each layer have"), ("check", "check a file")):
+        command = actions.add_parser(action, help=does, description=f"{does.capitalize()}.")
+        command.add_argument("file", metavar="FILE", help="pattern file, published format or ours")
+        command.add_argument("--model", metavar="MODEL", help="a model that it must fit; no weights are read")
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    _add_progress(parser)
+
+
+def _add_progress(parser: Parser) -> None:
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bars on standard error; without it, where that is a terminal",
+    )
+
+
+def _add_prompt(parser: Parser) -> None:
+    group = parser.add_argument_group("prompt")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    which.add_argument("--prompt-file", metavar="FILE", help="file that holds it (UTF-8); - = standard input")
+    group.add_argument("--question", metavar="TEXT", help="put after the prompt, with an empty line between")
+    group.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="keep the prompt's first N tokens only")
+    group.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
+
+
+def _add_attention(parser: Parser) -> None:
+    group = parser.add_argument_group("attention")
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_NAMES,
+        default="minference",
+        help="minference: each head by its pattern; else the same for every head (minference)",
+    )
+    group.add_argument("--pattern", metavar="FILE", help="pattern file for minference, instead of the model's own")
+    for name, kind, unit in (
+        ("--vertical-size", "vertical_slash", "keys that all queries see, in tokens"),
+        ("--slash-size", "vertical_slash", "query-key distances that all queries see, in tokens"),
+        ("--sink-size", "a_shape", "keys at the start, in tokens"),
+        ("--window-size", "a_shape", "nearest keys, in tokens"),
+        ("--num-blocks", "block_sparse", "blocks of 64 keys for every 64 queries"),
+    ):
+        group.add_argument(name, type=positive, metavar="N", help=f"of {kind}: {unit}")
+    group.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return number

@@ -1,0 +1,131 @@
+"""`minference-jax prefill`: one prompt, dense against sparse, as a report or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import textwrap
+from typing import Any
+
+import jax
+
+import minference_jax
+from minference_jax.cli.inputs import (
+    ChosenAttention,
+    Prompt,
+    choose_attention,
+    encode_prompt,
+    load_model,
+    model_name,
+    read_prompt,
+)
+from minference_jax.cli.measure import Comparison, compare
+from minference_jax.cli.progress import wants_bars
+from minference_jax.generate import LanguageModel
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compares and prints."""
+    attention, text = choose_attention(arguments), read_prompt(arguments)
+    model = load_model(arguments)
+    prompt = encode_prompt(model, text, arguments)
+    comparison = compare(
+        model,
+        prompt.tokens,
+        attention=attention.name,
+        pattern=attention.pattern,
+        implementation=arguments.implementation,
+        max_new_tokens=arguments.max_new_tokens,
+        repeats=arguments.repeats,
+        show_progress=wants_bars(arguments.progress),
+    )
+    facts = record(model_name(arguments), model, prompt, attention, comparison)
+    print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts))
+
+
+def record(
+    name: str, model: LanguageModel, prompt: Prompt, attention: ChosenAttention, comparison: Comparison
+) -> dict[str, Any]:
+    """All that is known of a comparison, as one JSON object; times in seconds, null where a thing was not measured."""
+    dense, sparse, density = comparison.dense, comparison.sparse, comparison.density
+    by_head = {"density": 1.0, "density_min": 1.0, "density_max": 1.0, "heads": None}
+    if density is not None:
+        by_head = {"density": float(density.mean()), "density_min": float(density.min())}
+        by_head |= {"density_max": float(density.max()), "heads": density.size}
+    return {
+        "model": name,
+        "dtype": str(model.model.dtype),
+        "tokens": len(prompt.tokens),
+        "chat_template": prompt.is_chat,
+        "attention": attention.name,
+        "pattern": model.patterns.source if attention.name == "minference" else attention.description,
+        "implementation": sparse.implementation,
+        **by_head,
+        "dense_compile_seconds": dense.compile_seconds,
+        "sparse_compile_seconds": sparse.compile_seconds,
+        "dense_seconds": dense.median_seconds,
+        "sparse_seconds": sparse.median_seconds,
+        "dense_runs": list(dense.seconds),
+        "sparse_runs": list(sparse.seconds),
+        "speedup": comparison.speedup,
+        "greedy_agreement": comparison.agreed / comparison.compared,
+        "greedy_tokens": comparison.compared,
+        "max_logit_difference": comparison.max_logit_difference,
+        "peak_bytes": comparison.peak_bytes,
+        "peak_of": comparison.peak_of,
+        "text": sparse.text,
+        "dense_text": dense.text,
+        "device": device_name(),
+        "versions": {
+            "minference_jax": minference_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def device_name() -> str:
+    """The device that computes, with the number of usable cores where that is the CPU."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU {platform.machine()}, {cores} cores"
+
+
+def report(facts: dict[str, Any]) -> str:
+    """The record as a page to read."""
+    attention, compared = facts["attention"], facts["greedy_tokens"]
+    agreed = round(facts["greedy_agreement"] * compared)
+    density = f"{facts['density']:.3f} of dense attention's work"
+    if facts["heads"] is not None:
+        density += f"; heads from {facts['density_min']:.3f} to {facts['density_max']:.3f}"
+    peak = "unknown" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 1e9:.2f} GB ({facts['peak_of']})"
+    runs = len(facts["dense_runs"])
+    lines = [
+        f"model        {facts['model']}, {facts['dtype']}",
+        f"device       {facts['device']}; jax {facts['versions']['jax']}",
+        f"prompt       {facts['tokens']} tokens, {'in the chat template' if facts['chat_template'] else 'plain text'}",
+        f"attention    {attention}, implementation {facts['implementation']}",
+        f"pattern      {facts['pattern']}",
+        f"density      {density}",
+        "",
+        f"{'':12} {'dense':>14} {attention:>14}",
+        f"compile      {_seconds(facts['dense_compile_seconds'])} {_seconds(facts['sparse_compile_seconds'])}",
+        f"prefill      {_seconds(facts['dense_seconds'])} {_seconds(facts['sparse_seconds'])}"
+        f"   {facts['speedup']:.2f} times as fast ({'one run' if runs == 1 else f'median of {runs} runs'} each)",
+        "",
+        f"agreement    {agreed} of {compared} greedy tokens; logits differ by at most "
+        f"{facts['max_logit_difference']:.3g}",
+        f"peak memory  {peak}",
+        "",
+    ]
+    for name, text in (("dense", facts["dense_text"]), (attention, facts["text"])):
+        lines += [f"{name} answers:", textwrap.indent(text.strip() or "(nothing)", "    "), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _seconds(value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.2f} s':>14}"

