@@ -48,8 +48,8 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv
                 at = i * width
                 key = at + jnp.arange(width, dtype=jnp.int32)
                 end = jnp.where(key < length, block_q, 0)
-                block = (lax.dynamic_slice_in_dim(x, at, width) for x in (k, v))
-                return softmax.update(acc, q, *block, rows, key - first, end)
+                keys, values = (lax.dynamic_slice_in_dim(x, at, width) for x in (k, v))
+                return softmax.update(acc, q, keys, values, rows, key - first, end)
 
             reach = jnp.where(first < length, jnp.minimum(first + block_q, length), 0)
             acc = lax.fori_loop(0, (reach + width - 1) // width, step, softmax.start(rows.size, head_dim))

@@ -21,8 +21,9 @@ from minference_jax.kernels.tiles import TileConfig
 SHARED_TILES = 4
 """Query tiles that share their keys in one step."""
 SHARED_WIDTH = 1024
-COLUMN_WIDTH = 256
 """Keys per step of ``SHARED_TILES`` tiles."""
+COLUMN_WIDTH = 256
+"""Columns per step of ``SHARED_TILES`` tiles: few, because a head's last step is half empty on average."""
 TILE_WIDTH = 256
 """Keys per step of one tile."""
 LONG_RUN = 4
@@ -175,16 +176,19 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
             end = jnp.minimum(key + layout.windows, ((key - low) // block_q + 1) * block_q)
             return first, jnp.where(skip, 0, end)
 
-        copies = [
-            [lax.dynamic_slice_in_dim(x, start + origin + block_kv, block_kv) for start in starts] for x in (k, v)
-        ]
+        def copy(x):
+            return jnp.concatenate([lax.dynamic_slice_in_dim(x, at + origin + block_kv, block_kv) for at in starts])
+
         # A loop of its own: fused into the scores, the bounds would be computed once for every score.
         first, end = lax.map(bounds, (starts, low, high))
-        return softmax.update(acc, q, *map(jnp.concatenate, copies), rows, first.reshape(-1), end.reshape(-1))
+        return softmax.update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
 
     def add_shared(acc, q, origin):
         size = SHARED_WIDTH // block_kv
-        step = lambda i, acc: add_blocks(acc, q, group_rows, origin, shared, i * size, size)  # noqa: E731
+
+        def step(i, acc):
+            return add_blocks(acc, q, group_rows, origin, shared, i * size, size)
+
         return lax.fori_loop(0, _steps(shared.starts > -origin - block_kv, size), step, acc)
 
     def add_columns(acc, q, origin):
@@ -198,10 +202,12 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
         size = TILE_WIDTH // block_kv
         starts = ids * block_kv - origin
         listed = _Blocks(starts, starts, starts + block_kv)
-        slash_step = lambda i, acc: add_blocks(acc, q, tile_rows, origin, alone, i * size, size)  # noqa: E731
-        listed_step = lambda i, acc: add_blocks(acc, q, tile_rows, origin, listed, i * size, size)  # noqa: E731
-        acc = lax.fori_loop(0, _steps(alone.starts > -origin - block_kv, size), slash_step, acc)
-        return lax.fori_loop(0, (id_count + size - 1) // size, listed_step, acc)
+
+        def step(blocks):
+            return lambda i, acc: add_blocks(acc, q, tile_rows, origin, blocks, i * size, size)
+
+        acc = lax.fori_loop(0, _steps(alone.starts > -origin - block_kv, size), step(alone), acc)
+        return lax.fori_loop(0, (id_count + size - 1) // size, step(listed), acc)
 
     def group(args):
         index, q, ids, id_counts = args

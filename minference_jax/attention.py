@@ -20,7 +20,9 @@ NotImplementedError where an implementation named by the caller can't do the cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +45,49 @@ from minference_jax.patterns import (
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLEMENTATIONS: tuple[tuple[str, Callable, Callable], ...] = (("xla", flash_xla.attention, sparse_xla.attention),)
-"""Name, dense and sparse function of each implementation, in the order in which None tries them."""
 
 
+class _Kernel(Protocol):
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Array]: ...
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention: dense(q, k, v, ...) and sparse(q, k, v, layout, ...), both -> (out, lse)."""
+
+    name: str
+    dense: _Kernel
+    sparse: _Kernel
+
+
+IMPLEMENTATIONS = (Implementation("xla", flash_xla.attention, sparse_xla.attention),)
+"""In the order in which ``implementation=None`` tries them."""
+
+
+class Shared(TypedDict, total=False):
+    """The arguments that all attention functions share; see the module."""
+
+    scale: float | None
+    kv_len: ArrayLike | None
+    q_offset: ArrayLike | None
+    implementation: str | None
+
+
+class SharedSparse(Shared, total=False):
+    """The arguments that all sparse attention functions share; see ``sparse_attention``."""
+
+    max_num_blocks: int
+    return_lse: bool
+    return_density: bool
+
+
+@overload
+def dense_attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, **shared: Unpack[Shared]
+) -> Array: ...
+@overload
+def dense_attention(
+    q: Array, k: Array, v: Array, *, return_lse: bool, **shared: Unpack[Shared]
+) -> Array | tuple[Array, ...]: ...
 def dense_attention(
     q: Array,
     k: Array,
@@ -70,10 +111,34 @@ def dense_attention(
       NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
-    out, lse = _run(implementation, 1, q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len)
+    out, lse = _dense(q, k, v, kv_len, q_offset, scale=scale, implementation=implementation)
     return (out, lse) if return_lse else out
 
 
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    pattern: PatternArrays | HeadPattern,
+    *,
+    return_lse: Literal[False] = False,
+    return_density: Literal[False] = False,
+    max_num_blocks: int = 128,
+    **shared: Unpack[Shared],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    pattern: PatternArrays | HeadPattern,
+    *,
+    return_lse: bool = False,
+    return_density: bool = False,
+    max_num_blocks: int = 128,
+    **shared: Unpack[Shared],
+) -> Array | tuple[Array, ...]: ...
 def sparse_attention(
     q: Array,
     k: Array,
@@ -112,65 +177,68 @@ def sparse_attention(
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     arrays = _pattern_arrays(pattern, q.shape[2], max_num_blocks)
-    tiles = TileConfig()
-    layout = build_layout(
-        q, k, arrays, scale=scale, kv_len=kv_len, q_offset=q_offset, tiles=tiles, max_num_blocks=max_num_blocks
-    )
-    out, lse = _run(implementation, 2, q, k, v, layout, scale=scale, q_offset=q_offset, kv_len=kv_len, tiles=tiles)
-    too_many = (arrays.kind == PatternKind.BLOCK_SPARSE) & (arrays.num_blocks > max_num_blocks)
-    results = [jnp.where(too_many[:, None], jnp.nan, out).astype(out.dtype)]
-    if return_lse:
-        results.append(lse)
-    if return_density:
-        results.append(density(layout, q_offset, kv_len, q.shape[1], tiles))
-    return tuple(results) if len(results) > 1 else results[0]
+    static = {"scale": scale, "max_num_blocks": max_num_blocks, "implementation": implementation}
+    out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
+    results = (out, *[lse] * return_lse, *[share] * return_density)
+    return results if len(results) > 1 else out
 
 
 def a_shape_attention(
-    q: Array, k: Array, v: Array, *, sink_size: int = 128, window_size: int = 3968, **shared
-) -> Array | tuple[Array, ...]:
+    q: Array, k: Array, v: Array, *, sink_size: int = 128, window_size: int = 3968, **shared: Unpack[SharedSparse]
+) -> Any:
     """Causal attention to the first ``sink_size`` keys and the nearest ``window_size``, exact to the token.
 
     Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H].
       sink_size: keys at the start that every query sees, in tokens.
       window_size: nearest keys that a query sees, itself included, in tokens.
       shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
 
-    Returns and raises: as ``sparse_attention``.
+    Returns:
+      out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
+
+    Raises: as ``sparse_attention``.
     """
     return sparse_attention(q, k, v, AShape(sink_size=sink_size, window_size=window_size), **shared)
 
 
 def vertical_slash_attention(
-    q: Array, k: Array, v: Array, *, vertical_size: int = 1000, slash_size: int = 6096, **shared
-) -> Array | tuple[Array, ...]:
+    q: Array, k: Array, v: Array, *, vertical_size: int = 1000, slash_size: int = 6096, **shared: Unpack[SharedSparse]
+) -> Any:
     """Causal attention to the heaviest keys (verticals) and query-key distances (slashes), found from the last queries.
 
     Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H].
       vertical_size: keys that every later query sees, in tokens; at least 30 are kept.
       slash_size: distances that every query sees, in tokens; at least 50 are kept, each widened to 64 keys per
         64 queries.
       shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
 
-    Returns and raises: as ``sparse_attention``.
+    Returns:
+      out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
+
+    Raises: as ``sparse_attention``.
     """
     return sparse_attention(q, k, v, VerticalSlash(vertical_size=vertical_size, slash_size=slash_size), **shared)
 
 
 def block_sparse_attention(
-    q: Array, k: Array, v: Array, *, num_blocks: int = 100, **shared
-) -> Array | tuple[Array, ...]:
+    q: Array, k: Array, v: Array, *, num_blocks: int = 100, **shared: Unpack[SharedSparse]
+) -> Any:
     """Causal attention to the heaviest blocks of 64 keys for every 64 queries, found from block means.
 
     Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H].
       num_blocks: key blocks per query block, the diagonal one included.
       shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
 
-    Returns and raises: as ``sparse_attention``.
+    Returns:
+      out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
+
+    Raises: as ``sparse_attention``.
     """
-    return sparse_attention(
-        q, k, v, BlockSparse(num_blocks=num_blocks), **{"max_num_blocks": max(num_blocks, 1), **shared}
-    )
+    shared.setdefault("max_num_blocks", num_blocks)
+    return sparse_attention(q, k, v, BlockSparse(num_blocks=num_blocks), **shared)
 
 
 def _pattern_arrays(pattern: PatternArrays | HeadPattern, num_heads: int, max_num_blocks: int) -> PatternArrays:
@@ -184,24 +252,47 @@ def _pattern_arrays(pattern: PatternArrays | HeadPattern, num_heads: int, max_nu
             raise ValueError(
                 f"pattern.{name} is {_describe(x)}, it must be integers of shape ({num_heads},), one a head"
             )
-    if not isinstance(pattern.num_blocks, jax.core.Tracer) and np.max(pattern.num_blocks) > max_num_blocks:
-        raise ValueError(f"a head keeps {np.max(pattern.num_blocks)} blocks, more than {max_num_blocks=}")
+    known = [None if isinstance(x, jax.core.Tracer) else np.asarray(x) for x in pattern]
+    kinds, *sizes = known
+    if kinds is not None and not np.isin(kinds, list(PatternKind)).all():
+        raise ValueError(f"pattern.kind={kinds.tolist()} must hold codes of PatternKind, {list(map(int, PatternKind))}")
+    for name, x in zip(pattern._fields[1:], sizes, strict=True):
+        if x is not None and x.min() < 0:
+            raise ValueError(f"pattern.{name}={x.tolist()} must not be negative")
+    if sizes[-1] is not None and sizes[-1].max() > max_num_blocks:
+        raise ValueError(f"a head keeps num_blocks={sizes[-1].max()} blocks, more than {max_num_blocks=}")
     return PatternArrays(*(jnp.asarray(x, jnp.int32) for x in pattern))
 
 
-def _run(implementation: str | None, function: int, *args, **kwargs) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
+def _dense(q, k, v, kv_len, q_offset, *, scale, implementation) -> tuple[Array, Array]:
+    return _run("dense", implementation, q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "max_num_blocks", "implementation"))
+def _sparse(q, k, v, pattern, kv_len, q_offset, *, scale, max_num_blocks, implementation) -> tuple[Array, ...]:
+    tiles = TileConfig()
+    where = {"scale": scale, "kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
+    layout = build_layout(q, k, pattern, max_num_blocks=max_num_blocks, **where)
+    out, lse = _run("sparse", implementation, q, k, v, layout, **where)
+    too_many = (pattern.kind == PatternKind.BLOCK_SPARSE) & (pattern.num_blocks > max_num_blocks)
+    out = jnp.where(too_many[:, None], jnp.nan, out).astype(out.dtype)
+    return out, lse, density(layout, q_offset, kv_len, q.shape[1], tiles)
+
+
+def _run(function: Literal["dense", "sparse"], implementation: str | None, *args, **kwargs) -> tuple[Array, Array]:
     """Runs the named implementation, or the first that does not decline with NotImplementedError."""
     if implementation is not None:
         for entry in IMPLEMENTATIONS:
-            if entry[0] == implementation:
-                return entry[function](*args, **kwargs)
-        raise ValueError(f"{implementation=} is not one of {[name for name, *_ in IMPLEMENTATIONS]}")
+            if entry.name == implementation:
+                return getattr(entry, function)(*args, **kwargs)
+        raise ValueError(f"{implementation=} is not one of {[entry.name for entry in IMPLEMENTATIONS]}")
     reasons = []
     for entry in IMPLEMENTATIONS:
         try:
-            return entry[function](*args, **kwargs)
+            return getattr(entry, function)(*args, **kwargs)
         except NotImplementedError as error:
-            reasons.append(f"{entry[0]}: {error}")
+            reasons.append(f"{entry.name}: {error}")
     raise NotImplementedError("no implementation can do this call; " + "; ".join(reasons))
 
 
@@ -234,13 +325,13 @@ def _prepare(q, k, v, scale, kv_len, q_offset):
         raise ValueError(f"{shapes}: all three must have one dtype of {', '.join(DTYPES)}")
     if q_offset is None and kv_len is None and q.shape[1] != k.shape[1]:
         raise ValueError(f"q_len={q.shape[1]} differs from kv_len={k.shape[1]}: give q_offset, kv_len or both")
-    if scale is not None and not np.isfinite(scale):
-        raise ValueError(f"{scale=} must be a finite number")
+    if scale is not None and not (isinstance(scale, int | float | np.floating) and math.isfinite(scale)):
+        raise ValueError(f"{scale=} must be a finite Python number")
     batch, size = k.shape[:2]
     kv_len = _per_sequence("kv_len", size if kv_len is None else kv_len, batch, 0, size)
     q_offset = _per_sequence("q_offset", 0 if q_offset is None else q_offset, batch, 0, FAR - q.shape[1])
     q, k, v = (_forward_only(x) for x in (q, k, v))
-    return q, k, v, q.shape[3] ** -0.5 if scale is None else scale, kv_len, q_offset
+    return q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), kv_len, q_offset
 
 
 def _per_sequence(name: str, value: ArrayLike, batch: int, low: int, high: int) -> Array:

@@ -46,8 +46,8 @@ def build_layout(
         return estimate.vertical_slash(
             q,
             k,
-            vertical_size=pattern.vertical_size,
-            slash_size=pattern.slash_size,
+            vertical_size=jnp.asarray(pattern.vertical_size),
+            slash_size=jnp.asarray(pattern.slash_size),
             scale=scale,
             q_offset=q_offset,
             kv_len=kv_len,

@@ -1,0 +1,313 @@
+"""One suite over all implementations: each case against the oracle on exactly the pairs the layout keeps."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import LSE, kernel_bound
+
+from minference_jax import attention
+from minference_jax.index import build_layout
+from minference_jax.kernels import reference
+from minference_jax.kernels.layouts import layout_mask
+from minference_jax.kernels.tiles import TileConfig
+from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, PatternArrays, VerticalSlash
+
+MIXED = (
+    VerticalSlash(vertical_size=40, slash_size=110),
+    AShape(sink_size=5, window_size=70),
+    BlockSparse(num_blocks=3),
+    Dense(),
+)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [entry.name for entry in attention.IMPLEMENTATIONS])
+
+
+def make(T=200, S=None, B=1, N=4, K=2, H=16, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, N, H), (B, S or T, K, H), (B, S or T, K, H))
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def arrays(*heads):
+    table = ModelPatterns(layers=(heads,), source="a test").arrays()
+    return PatternArrays(*(jnp.asarray(x[0]) for x in table))
+
+
+def per_sequence(value, batch):
+    return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
+
+
+@functools.partial(jax.jit, static_argnames="tiles")
+def kept_pairs(q, k, pattern, kv_len, q_offset, tiles=TileConfig()):  # noqa: B008
+    where = {"kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
+    layout = build_layout(q, k, pattern, scale=q.shape[-1] ** -0.5, max_num_blocks=128, **where)
+    return layout_mask(layout, q_offset, kv_len, q.shape[1], k.shape[1], tiles)
+
+
+def causal_pairs(B, T, S, kv_len, q_offset):
+    position = per_sequence(q_offset, B)[:, None] + jnp.arange(T)
+    length = per_sequence(kv_len, B)[:, None]
+    seen = (jnp.arange(S) <= position[..., None]) & (jnp.arange(S) < length[..., None])
+    return (seen & (position < length)[..., None])[:, None]
+
+
+CASES = {
+    "aligned": {"T": 256},
+    "unaligned": {"T": 333},
+    "shorter than a tile": {"T": 30},
+    "one token": {"T": 1},
+    "one token over a tile": {"T": 65},
+    "batch of unequal lengths": {"T": 200, "B": 3, "kv_len": [200, 77, 0]},
+    "chunk at an offset": {"T": 100, "S": 300, "q_offset": 170, "kv_len": 270},
+    "batch of chunks at unaligned offsets": {"T": 90, "S": 320, "B": 2, "q_offset": [7, 200], "kv_len": [97, 260]},
+    "one query over a cache": {"T": 1, "S": 200, "q_offset": 150, "kv_len": 151},
+    "one KV head": {"T": 150, "K": 1},
+    "as many KV heads as heads": {"T": 150, "K": 4},
+    "head_dim 64": {"T": 130, "H": 64},
+    "head_dim 80": {"T": 130, "H": 80},
+    "head_dim 96": {"T": 130, "H": 96},
+    "head_dim 128": {"T": 130, "H": 128},
+    "head_dim 256": {"T": 130, "H": 256},
+    "bfloat16": {"T": 200, "dtype": "bfloat16"},
+    "float16": {"T": 200, "dtype": "float16"},
+    "many runs of slashes": {"T": 1000, "N": 2, "K": 1},
+}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("name", CASES)
+def test_sparse_and_dense_equal_the_oracle_on_the_kept_pairs(name, implementation):
+    case = dict(CASES[name])
+    q_offset, kv_len = case.pop("q_offset", 0), case.pop("kv_len", None)
+    q, k, v = make(**case)
+    B, T, N, H = q.shape
+    S = k.shape[1]
+    kv_len = per_sequence(S if kv_len is None else kv_len, B)
+    q_offset = per_sequence(q_offset, B)
+    pattern = arrays(*(MIXED * N)[:N])
+    where = {"kv_len": kv_len, "q_offset": q_offset, "return_lse": True, "implementation": implementation}
+    sparse = attention.sparse_attention(q, k, v, pattern, **where)
+    dense = attention.dense_attention(q, k, v, **where)
+    causal = jnp.broadcast_to(causal_pairs(B, T, S, kv_len, q_offset), (B, N, T, S))
+    for (out, lse), mask in ((sparse, kept_pairs(q, k, pattern, kv_len, q_offset)), (dense, causal)):
+        assert out.dtype == q.dtype
+        plain, _ = reference.attention(q, k, v, mask, scale=H**-0.5)
+        exact, exact_lse = reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask, scale=H**-0.5)
+        error = np.abs(np.asarray(out, np.float64) - np.asarray(exact, np.float64)).max(initial=0.0)
+        assert error <= kernel_bound(plain.astype(jnp.float32), exact, q.dtype)
+        np.testing.assert_allclose(lse, exact_lse, rtol=LSE, atol=LSE)  # -inf on padding on both sides
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("length", [1, 64, 190])
+def test_all_columns_and_slashes_kept_equals_dense(length, implementation):
+    q, k, v = make(T=length)
+    everything = VerticalSlash(vertical_size=length, slash_size=length)
+    out = attention.sparse_attention(q, k, v, everything, implementation=implementation)
+    np.testing.assert_allclose(out, attention.dense_attention(q, k, v, implementation=implementation), atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_output_ignores_future_keys(implementation):
+    q, k, v = make(T=200)
+    where = {"kv_len": 200, "q_offset": 0, "implementation": implementation}
+    for pattern in (AShape(sink_size=5, window_size=70), Dense()):
+        out = attention.sparse_attention(q, k, v, pattern, **where)
+        changed = [x.at[:, 120:].add(7.0) for x in (k, v)]
+        np.testing.assert_array_equal(attention.sparse_attention(q, *changed, pattern, **where)[:, :120], out[:, :120])
+
+
+@IMPLEMENTATIONS
+def test_output_ignores_keys_beyond_kv_len(implementation):
+    q, k, v = make(T=200)
+    pattern = arrays(*MIXED)
+    run = functools.partial(attention.sparse_attention, kv_len=130, implementation=implementation)
+    garbage = [x.at[:, 130:].set(jnp.nan) for x in (k, v)]
+    np.testing.assert_array_equal(run(q, k, v, pattern)[:, :130], run(q, *garbage, pattern)[:, :130])
+
+
+@IMPLEMENTATIONS
+def test_padding_rows_are_zero_with_lse_of_minus_infinity(implementation):
+    q, k, v = make(T=200)
+    out, lse = attention.sparse_attention(
+        q, k, v, arrays(*MIXED), kv_len=130, return_lse=True, implementation=implementation
+    )
+    assert (np.asarray(out)[:, 130:] == 0).all()
+    assert np.isneginf(np.asarray(lse)[:, 130:]).all()
+    assert np.isfinite(np.asarray(lse)[:, :130]).all()
+
+
+@IMPLEMENTATIONS
+def test_gqa_equals_repeated_kv(implementation):
+    q, k, v = make(T=150, N=4, K=2)
+    pattern = arrays(*MIXED)
+    repeated = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
+    for run in (functools.partial(attention.sparse_attention, pattern=pattern), attention.dense_attention):
+        run = functools.partial(run, implementation=implementation)
+        np.testing.assert_allclose(run(q, k, v), run(q, *repeated), atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_batch_of_unequal_lengths_equals_each_sequence_alone(implementation):
+    q, k, v = make(T=200, B=2)
+    pattern, lengths = arrays(*MIXED), [200, 77]
+    run = functools.partial(attention.sparse_attention, implementation=implementation)
+    together = run(q, k, v, pattern, kv_len=jnp.asarray(lengths))
+    for i, length in enumerate(lengths):
+        alone = run(*(x[i : i + 1, :length] for x in (q, k, v)), pattern)
+        np.testing.assert_allclose(together[i, :length], alone[0], atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_chunks_at_offsets_equal_one_shot_where_the_kept_set_does_not_depend_on_the_chunk(implementation):
+    q, k, v = make(T=300)
+    pattern = arrays(AShape(sink_size=5, window_size=70), Dense(), AShape(sink_size=1, window_size=1), Dense())
+    run = functools.partial(attention.sparse_attention, pattern=pattern, implementation=implementation)
+    whole = run(q, k, v)
+    for start, end in ((0, 130), (130, 300)):
+        chunk = run(q[:, start:end], k, v, q_offset=start, kv_len=end)
+        np.testing.assert_allclose(chunk, whole[:, start:end], atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_vmap_over_the_batch_equals_the_batch(implementation):
+    q, k, v = make(T=100, B=2)
+    run = functools.partial(attention.sparse_attention, pattern=arrays(*MIXED), implementation=implementation)
+    one = jax.vmap(lambda q, k, v, n: run(q[None], k[None], v[None], kv_len=n)[0])
+    lengths = jnp.array([100, 60])
+    np.testing.assert_allclose(one(q, k, v, lengths), run(q, k, v, kv_len=lengths), atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_public_ops_equal_sparse_attention_with_their_pattern(implementation):
+    q, k, v = make(T=200)
+    same = {"implementation": implementation}
+    pairs = [
+        (attention.a_shape_attention(q, k, v, sink_size=5, window_size=70, **same), MIXED[1]),
+        (attention.vertical_slash_attention(q, k, v, vertical_size=40, slash_size=110, **same), MIXED[0]),
+        (attention.block_sparse_attention(q, k, v, num_blocks=3, **same), MIXED[2]),
+    ]
+    for out, pattern in pairs:
+        np.testing.assert_array_equal(out, attention.sparse_attention(q, k, v, pattern, **same))
+
+
+def test_another_pattern_does_not_compile_again():
+    q, k, v = make(T=64)
+    traces = []
+
+    @jax.jit
+    def run(q, k, v, pattern):
+        traces.append(1)
+        return attention.sparse_attention(q, k, v, pattern)
+
+    run(q, k, v, arrays(*MIXED))
+    run(q, k, v, arrays(*MIXED[::-1]))
+    assert len(traces) == 1
+
+
+def test_density_is_one_for_dense_heads_and_never_above_for_vertical_slash():
+    q, k, v = make(T=300)
+    heads = (Dense(), VerticalSlash(vertical_size=300, slash_size=300), AShape(sink_size=1, window_size=1), MIXED[0])
+    _, density = attention.sparse_attention(q, k, v, arrays(*heads), return_density=True)
+    density = np.asarray(density)[0]
+    assert density[0] == density[1] == 1.0
+    assert density[2] < 0.5
+    assert density[3] <= 1.0
+
+
+def test_gradient_is_refused_in_one_sentence():
+    q, k, v = make(T=10)
+    for run in (attention.dense_attention, attention.vertical_slash_attention):
+        with pytest.raises(NotImplementedError, match="prefill only and has no gradient"):
+            jax.grad(lambda q, run=run: run(q, k, v).sum())(q)
+
+
+def test_named_implementation_never_falls_back(monkeypatch):
+    def decline(*args, **kwargs):
+        raise NotImplementedError("not on this machine")
+
+    entries = (attention.Implementation("other", decline, decline), *attention.IMPLEMENTATIONS)
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", entries)
+    q, k, v = make(T=33)
+    assert attention.dense_attention(q, k, v).shape == q.shape  # None takes the next one
+    with pytest.raises(NotImplementedError, match="not on this machine"):
+        attention.dense_attention(q, k, v, implementation="other")
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", entries[:1])
+    with pytest.raises(NotImplementedError, match="other: not on this machine"):
+        attention.dense_attention(*make(T=34))
+
+
+def test_more_blocks_than_the_capacity_are_refused_or_made_nan_where_they_are_traced():
+    q, k, v = make(T=70)
+    pattern = arrays(*[BlockSparse(num_blocks=5), Dense()] * 2)
+    with pytest.raises(ValueError, match="num_blocks=5 blocks, more than max_num_blocks=4"):
+        attention.sparse_attention(q, k, v, pattern, max_num_blocks=4)
+    out = jax.jit(functools.partial(attention.sparse_attention, max_num_blocks=4))(q, k, v, pattern)
+    assert np.isnan(np.asarray(out)[:, :, ::2]).all()
+    assert np.isfinite(np.asarray(out)[:, :, 1::2]).all()
+
+
+Q, K_, V = (np.zeros((1, 8, n, 16), np.float32) for n in (4, 2, 2))
+BAD = {
+    "must have four axes": {"q": Q[0]},
+    "must have one shape": {"v": V[:, :4]},
+    "batch and head_dim of q": {"k": K_[..., :8], "v": V[..., :8]},
+    "no axis may be empty": {"q": Q[:, :0]},
+    "num_heads=3 must be a multiple of num_kv_heads=2": {"q": Q[:, :, :3]},
+    "one dtype of float32, bfloat16, float16": {"k": K_.astype(np.float16)},
+    "int32": {"q": Q.astype(np.int32)},
+    "q_len=4 differs from kv_len=8: give q_offset": {"q": Q[:, :4]},
+    "kv_len=9 must lie between 0 and 8": {"kv_len": 9},
+    r"kv_len=\[-1\] must lie between": {"kv_len": np.array([-1])},
+    "kv_len is float32": {"kv_len": jnp.float32(3)},
+    r"integers of shape \(1,\)": {"kv_len": np.array([1, 2])},
+    "q_offset=-1 must lie between": {"q_offset": -1},
+    "scale=nan must be a finite": {"scale": float("nan")},
+    "implementation='cuda' is not one of": {"implementation": "cuda"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_arguments_that_do_not_fit_are_refused_in_one_sentence(message):
+    call = {"q": Q, "k": K_, "v": V} | BAD[message]
+    call = {name: jnp.asarray(x) if name in "qkv" else x for name, x in call.items()}
+    for run in (attention.dense_attention, attention.vertical_slash_attention):
+        with pytest.raises(ValueError, match=message) as caught:
+            run(**call)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": np.array([0, 1, 2, 9])}, "must hold codes of PatternKind"),
+        ({"kind": np.array([0, 1])}, r"integers of shape \(4,\), one a head"),
+        ({"sink_size": np.full(4, -3)}, "must not be negative"),
+        ({"slash_size": np.full(4, 1.5)}, "must be integers"),
+    ],
+)
+def test_pattern_arrays_that_do_not_fit_are_refused(change, message):
+    q, k, v = make(T=8)
+    with pytest.raises(ValueError, match=message):
+        attention.sparse_attention(q, k, v, arrays(*MIXED)._replace(**change))
+
+
+PEAK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from minference_jax import PatternArrays, VerticalSlash, sparse_attention, uniform_patterns
+q, k, v = (jax.random.normal(jax.random.key(i), (1, 32768, n, 64)) for i, n in enumerate((9, 3, 3)))
+out = sparse_attention(q, k, v, VerticalSlash(vertical_size=500, slash_size=100))
+assert bool(jnp.isfinite(out).all())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.slow
+def test_32k_tokens_and_9_heads_stay_under_4_gib_of_host_memory():
+    done = subprocess.run([sys.executable, "-P", "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4 * 2**30
