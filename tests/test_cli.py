@@ -21,6 +21,8 @@ from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
+QUESTION = "\n\n---\n\nQuestion about the text above: Who?"
+ASKED = TEXT.rstrip() + QUESTION
 PROMISED = {
     *("model", "tokens", "attention", "implementation", "density", "dense_seconds", "sparse_seconds", "speedup"),
     *("greedy_agreement", "max_logit_difference", "peak_bytes", "text", "dense_text", "device", "versions"),
@@ -111,10 +113,10 @@ def test_report_shows_both_answers(run):
 
 def test_prompt_and_question_go_through_the_chat_template(run, model, monkeypatch):
     language_model = load(model)
-    expected = len(language_model.encode_chat(f"{TEXT.rstrip()}\n\nWho?"))
+    expected = len(language_model.encode_chat(ASKED))
     assert prefill(run, "--prompt-file prompt.txt --question Who?")["tokens"] == expected
     plain = prefill(run, "--prompt-file prompt.txt --question Who? --no-chat-template")
-    assert (plain["tokens"], plain["chat_template"]) == (len(f"{TEXT.rstrip()}\n\nWho?"), False)
+    assert (plain["tokens"], plain["chat_template"]) == (len(ASKED), False)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert prefill(run, "--prompt-file - --question Who?")["tokens"] == expected
 
@@ -125,7 +127,7 @@ def test_prompt_is_cut_only_where_asked(run):
     assert "526 in all" in err
     assert "has room for 512; --max-prompt-tokens N keeps the first N tokens" in err
     facts = prefill(run, "--max-prompt-tokens 100 --no-chat-template --question Who? --prompt", "x" * CONTEXT)
-    assert facts["tokens"] == 100 + len("\n\nWho?")
+    assert facts["tokens"] == 100 + len(QUESTION)
 
 
 def test_answers_are_compared_over_dense_attentions_answer(run, monkeypatch):

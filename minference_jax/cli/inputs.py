@@ -16,6 +16,7 @@ from minference_jax.generate import LanguageModel
 from minference_jax.loading import load
 from minference_jax.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
 
+_QUESTION = "\n\n---\n\nQuestion about the text above: "  # without the mark small models go on telling the story
 _SIZES = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks")
 _UNIFORM: dict[str, tuple[type[HeadPattern], object]] = {
     "vertical_slash": (VerticalSlash, vertical_slash_attention),
@@ -119,7 +120,7 @@ def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace
         ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         text = text[: ends[: arguments.max_prompt_tokens][-1][1]]
     if arguments.question is not None:
-        text = f"{text.rstrip()}\n\n{arguments.question}"
+        text = f"{text.rstrip()}{_QUESTION}{arguments.question}"
     is_chat = bool(tokenizer.chat_template) and not arguments.no_chat_template
     tokens = model.encode_chat(text) if is_chat else model.encode(text)
     needed, most = len(tokens) + arguments.max_new_tokens, model.config.max_length

@@ -129,7 +129,7 @@ def _add_prompt(parser: Parser) -> None:
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", metavar="TEXT", help="the prompt")
     which.add_argument("--prompt-file", metavar="FILE", help="file that holds it (UTF-8); - = standard input")
-    group.add_argument("--question", metavar="TEXT", help="put after the prompt, with an empty line between")
+    group.add_argument("--question", metavar="TEXT", help="put after the prompt, as a question about the text above")
     group.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="keep the prompt's first N tokens only")
     group.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
 

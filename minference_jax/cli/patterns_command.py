@@ -6,7 +6,6 @@ import argparse
 from collections import Counter
 from itertools import groupby
 
-from minference_jax.convert.checkpoint import load_config
 from minference_jax.patterns import HeadPattern, ModelPatterns, read_patterns
 from minference_jax.patterns.heads import KINDS
 
@@ -16,6 +15,8 @@ def run(arguments: argparse.Namespace) -> None:
     patterns = read_patterns(arguments.file)
     fits = ""
     if arguments.model is not None:
+        from minference_jax.convert.checkpoint import load_config  # imports jax, which a file alone does not need
+
         config = load_config(arguments.model)
         patterns.check(config.num_layers, config.num_heads)
         fits = f", fits {arguments.model}"
