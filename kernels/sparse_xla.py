@@ -30,6 +30,9 @@ LONG_RUN = 4
 """Blocks side by side from which sharing pays: n + 3 shared blocks at twice the speed against 4 n / 4."""
 
 
+_take = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+
+
 class _Blocks(NamedTuple):
     """Blocks relative to a tile or a group of tiles; each with the interval its run keeps for the first tile."""
 
@@ -134,7 +137,7 @@ def _gather_columns(k: Array, v: Array, layout: SparseLayout, width: int) -> tup
     positions = _pad_list(layout.columns, width, FAR)
 
     def copy(i, out):
-        at = jnp.minimum(lax.dynamic_slice_in_dim(positions, i * width, width), k.shape[0] - 1)
+        at = jnp.minimum(_take(positions, i * width, width), k.shape[0] - 1)
         return tuple(
             lax.dynamic_update_slice_in_dim(to, x[at], i * width, axis=0) for to, x in zip(out, (k, v), strict=True)
         )
@@ -165,19 +168,19 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
 
     def add_blocks(acc, q, rows, origin, blocks, at, size):
         """Adds ``size`` blocks from entry ``at`` on; the row of tile j keeps keys in [low, high) + j * block_q."""
-        starts, low, high = (lax.dynamic_slice_in_dim(x, at, size) for x in blocks)
+        starts, low, high = (_take(x, at, size) for x in blocks)
 
         def bounds(block):  # the first and the end of the rows that see each key
             start, low, high = block
             key = start + jnp.arange(block_kv, dtype=jnp.int32)
-            skip = lax.dynamic_slice_in_dim(is_column, start + origin + block_kv, block_kv)
+            skip = _take(is_column, start + origin + block_kv, block_kv)
             skip |= (key + origin < 0) | (key + origin >= length)
             first = jnp.maximum(key, ((key - high) // block_q + 1) * block_q)
             end = jnp.minimum(key + layout.windows, ((key - low) // block_q + 1) * block_q)
             return first, jnp.where(skip, 0, end)
 
         def copy(x):
-            return jnp.concatenate([lax.dynamic_slice_in_dim(x, at + origin + block_kv, block_kv) for at in starts])
+            return jnp.concatenate([_take(x, at + origin + block_kv, block_kv) for at in starts])
 
         # A loop of its own: fused into the scores, the bounds would be computed once for every score.
         first, end = lax.map(bounds, (starts, low, high))
@@ -193,7 +196,7 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
 
     def add_columns(acc, q, origin):
         def step(i, acc):
-            keys, values, at = (lax.dynamic_slice_in_dim(x, i * width, width) for x in (column_k, column_v, columns))
+            keys, values, at = (_take(x, i * width, width) for x in (column_k, column_v, columns))
             return softmax.update(acc, q, keys, values, group_rows, at - origin, jnp.where(at < length, group_q, 0))
 
         return lax.fori_loop(0, _steps(columns < origin + group_q, width), step, acc)

@@ -56,25 +56,16 @@ def causal_pairs(B, T, S, kv_len, q_offset):
 
 
 CASES = {
-    "aligned": {"T": 256},
-    "unaligned": {"T": 333},
-    "shorter than a tile": {"T": 30},
+    "unaligned": {"T": 333, "K": 1},
+    "shorter than a tile": {"T": 30, "K": 4},
     "one token": {"T": 1},
-    "one token over a tile": {"T": 65},
-    "batch of unequal lengths": {"T": 200, "B": 3, "kv_len": [200, 77, 0]},
-    "chunk at an offset": {"T": 100, "S": 300, "q_offset": 170, "kv_len": 270},
-    "batch of chunks at unaligned offsets": {"T": 90, "S": 320, "B": 2, "q_offset": [7, 200], "kv_len": [97, 260]},
-    "one query over a cache": {"T": 1, "S": 200, "q_offset": 150, "kv_len": 151},
-    "one KV head": {"T": 150, "K": 1},
-    "as many KV heads as heads": {"T": 150, "K": 4},
-    "head_dim 64": {"T": 130, "H": 64},
-    "head_dim 80": {"T": 130, "H": 80},
-    "head_dim 96": {"T": 130, "H": 96},
-    "head_dim 128": {"T": 130, "H": 128},
-    "head_dim 256": {"T": 130, "H": 256},
-    "bfloat16": {"T": 200, "dtype": "bfloat16"},
-    "float16": {"T": 200, "dtype": "float16"},
-    "many runs of slashes": {"T": 1000, "N": 2, "K": 1},
+    "one token over a tile": {"T": 65, "H": 128},
+    "batch of unequal lengths": {"T": 200, "B": 3, "kv_len": [200, 77, 0], "H": 64, "dtype": "bfloat16"},
+    "chunk at an offset": {"T": 100, "S": 300, "q_offset": 170, "kv_len": 270, "H": 96},
+    "chunks of a batch": {"T": 90, "S": 320, "B": 2, "q_offset": [7, 200], "kv_len": [97, 260], "H": 80}
+    | {"dtype": "float16"},
+    "one query over a cache": {"T": 1, "S": 200, "q_offset": 150, "kv_len": 151, "H": 256},
+    "many tiles and runs": {"T": 1000, "N": 3, "K": 1},
 }
 
 
@@ -103,7 +94,7 @@ def test_sparse_and_dense_equal_the_oracle_on_the_kept_pairs(name, implementatio
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("length", [1, 64, 190])
+@pytest.mark.parametrize("length", [1, 200])
 def test_all_columns_and_slashes_kept_equals_dense(length, implementation):
     q, k, v = make(T=length)
     everything = VerticalSlash(vertical_size=length, slash_size=length)
@@ -113,7 +104,7 @@ def test_all_columns_and_slashes_kept_equals_dense(length, implementation):
 
 @IMPLEMENTATIONS
 def test_output_ignores_future_keys(implementation):
-    q, k, v = make(T=200)
+    q, k, v = make()
     where = {"kv_len": 200, "q_offset": 0, "implementation": implementation}
     for pattern in (AShape(sink_size=5, window_size=70), Dense()):
         out = attention.sparse_attention(q, k, v, pattern, **where)
@@ -123,7 +114,7 @@ def test_output_ignores_future_keys(implementation):
 
 @IMPLEMENTATIONS
 def test_output_ignores_keys_beyond_kv_len(implementation):
-    q, k, v = make(T=200)
+    q, k, v = make()
     pattern = arrays(*MIXED)
     run = functools.partial(attention.sparse_attention, kv_len=130, implementation=implementation)
     garbage = [x.at[:, 130:].set(jnp.nan) for x in (k, v)]
@@ -132,7 +123,7 @@ def test_output_ignores_keys_beyond_kv_len(implementation):
 
 @IMPLEMENTATIONS
 def test_padding_rows_are_zero_with_lse_of_minus_infinity(implementation):
-    q, k, v = make(T=200)
+    q, k, v = make()
     out, lse = attention.sparse_attention(
         q, k, v, arrays(*MIXED), kv_len=130, return_lse=True, implementation=implementation
     )
@@ -143,7 +134,7 @@ def test_padding_rows_are_zero_with_lse_of_minus_infinity(implementation):
 
 @IMPLEMENTATIONS
 def test_gqa_equals_repeated_kv(implementation):
-    q, k, v = make(T=150, N=4, K=2)
+    q, k, v = make()
     pattern = arrays(*MIXED)
     repeated = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
     for run in (functools.partial(attention.sparse_attention, pattern=pattern), attention.dense_attention):
@@ -164,11 +155,11 @@ def test_batch_of_unequal_lengths_equals_each_sequence_alone(implementation):
 
 @IMPLEMENTATIONS
 def test_chunks_at_offsets_equal_one_shot_where_the_kept_set_does_not_depend_on_the_chunk(implementation):
-    q, k, v = make(T=300)
+    q, k, v = make()
     pattern = arrays(AShape(sink_size=5, window_size=70), Dense(), AShape(sink_size=1, window_size=1), Dense())
     run = functools.partial(attention.sparse_attention, pattern=pattern, implementation=implementation)
     whole = run(q, k, v)
-    for start, end in ((0, 130), (130, 300)):
+    for start, end in ((0, 100), (100, 200)):
         chunk = run(q[:, start:end], k, v, q_offset=start, kv_len=end)
         np.testing.assert_allclose(chunk, whole[:, start:end], atol=2e-6)
 
@@ -184,7 +175,7 @@ def test_vmap_over_the_batch_equals_the_batch(implementation):
 
 @IMPLEMENTATIONS
 def test_public_ops_equal_sparse_attention_with_their_pattern(implementation):
-    q, k, v = make(T=200)
+    q, k, v = make()
     same = {"implementation": implementation}
     pairs = [
         (attention.a_shape_attention(q, k, v, sink_size=5, window_size=70, **same), MIXED[1]),
@@ -210,8 +201,8 @@ def test_another_pattern_does_not_compile_again():
 
 
 def test_density_is_one_for_dense_heads_and_never_above_for_vertical_slash():
-    q, k, v = make(T=300)
-    heads = (Dense(), VerticalSlash(vertical_size=300, slash_size=300), AShape(sink_size=1, window_size=1), MIXED[0])
+    q, k, v = make()
+    heads = (Dense(), VerticalSlash(vertical_size=200, slash_size=200), AShape(sink_size=1, window_size=1), MIXED[0])
     _, density = attention.sparse_attention(q, k, v, arrays(*heads), return_density=True)
     density = np.asarray(density)[0]
     assert density[0] == density[1] == 1.0

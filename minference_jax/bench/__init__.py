@@ -1,1 +1,1 @@
-"""Benchmarks: named cases as data, the oracle check before any time."""
+"""Benchmarks: named cases as data, the oracle check before any time, dense attention as baseline in the same run."""

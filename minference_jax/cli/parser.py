@@ -48,6 +48,7 @@ def build_parser(program: str) -> Parser:
     _add_generate(commands)
     _add_convert(commands)
     _add_patterns(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -108,6 +109,17 @@ def _add_patterns(commands: Any) -> None:
         command = actions.add_parser(action, help=does, description=f"{does.capitalize()}.")
         command.add_argument("file", metavar="FILE", help="pattern file, published format or ours")
         command.add_argument("--model", metavar="MODEL", help="a model that it must fit; no weights are read")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="measure this machine", description="Check against the oracle, then time sparse against dense."
+    )
+    parser.set_defaults(module="bench_command")
+    parser.add_argument("suite", choices=("attention",), help="attention: one layer at several lengths")
+    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens (4096 8192 16384 32768)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
+    parser.add_argument("--output", metavar="FILE", help="append the records to this file of JSON lines")
 
 
 def _add_model(parser: Parser) -> None:
