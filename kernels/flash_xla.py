@@ -37,7 +37,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv
     def group(args):  # one KV head of one sequence with its query heads
         q, k, v, offset, length = args  # [T, G, H], [S, H], [S, H]
         q = jnp.pad(q, ((0, pad_q), (0, 0), (0, 0))).reshape(num_tiles, block_q * group_size, head_dim)
-        k, v = (jnp.pad(x.astype(jnp.float32), ((0, pad_kv), (0, 0))) for x in (k, v))
+        k, v = (jnp.pad(x.astype(jnp.float32), ((0, pad_kv), (0, 0))) for x in (k, softmax.valid_rows(v, length)))
 
         def tile(args):
             index, q = args

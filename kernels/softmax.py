@@ -31,6 +31,12 @@ def start(num_rows: int, head_dim: int) -> Accumulator:
     )
 
 
+def valid_rows(v: Array, length: Array) -> Array:
+    """v [S, ...] with zeros from row ``length`` on: a weight of zero does not hide a NaN in what padding holds."""
+    index = jnp.arange(v.shape[0]).reshape(-1, *[1] * (v.ndim - 1))
+    return jnp.where(index < length, v, 0)
+
+
 def update(
     acc: Accumulator, q: Array, k: Array, v: Array, rows: Array, first_row: Array, end_row: Array
 ) -> Accumulator:

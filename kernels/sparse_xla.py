@@ -106,7 +106,7 @@ def attention(
 
     def sequence(args):
         q, k, v, layout, offset, length = args
-        k, v = (x.swapaxes(0, 1).astype(jnp.float32) for x in (k, v))
+        k, v = (x.swapaxes(0, 1).astype(jnp.float32) for x in (k, softmax.valid_rows(v, length)))
 
         def head(args):
             index, q, layout = args
