@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,40 +80,33 @@ class Comparison:
 class _Runner:
     """One attention on one prompt, its calls timed."""
 
+    result: PrefillResult  # of the last call
+
     def __init__(self, model: LanguageModel, tokens: Sequence[int], attention: str, pattern: HeadPattern | None):
         self._model, self._tokens, self._options = model, tokens, {"attention": attention, "pattern": pattern}
         self.implementation = ""
         self.compile_seconds: float | None = None
         self.seconds: list[float] = []
-        self.result: PrefillResult | None = None
 
     def compile(self, implementation: str | None) -> None:
         """The first call, which compiles and warms; finds out which implementation can do it where none is named."""
         names = [name for name, *_ in IMPLEMENTATIONS] if implementation is None else [implementation]
         reasons = []
         for self.implementation in names:
-            ends: list[float] = []
-
-            def note(event: str, seconds: float, ends: list[float] = ends, **unused: Any) -> None:
-                if event == _COMPILED:
-                    ends.append(time.perf_counter())
-
-            jax.monitoring.register_event_duration_secs_listener(note)
+            start = time.perf_counter()
             try:
-                start = time.perf_counter()
-                self.result = self._call()
+                with _compilations() as ends:
+                    self.result = self._call()
             except NotImplementedError as error:
                 reasons.append(f"{self.implementation}: {error}")
                 continue
-            finally:
-                jax.monitoring.unregister_event_duration_listener(note)
             self.compile_seconds = ends[-1] - start if ends else None
             return
         raise NotImplementedError("; ".join(reasons))
 
     def run(self) -> None:
         """One timed call."""
-        self.result = None  # its memory is free for this one
+        del self.result  # its memory is free for this one
         start = time.perf_counter()
         self.result = self._call()
         self.seconds.append(time.perf_counter() - start)
@@ -122,6 +116,22 @@ class _Runner:
         return jax.block_until_ready(
             self._model.prefill(self._tokens, implementation=implementation, **self._options)  # type: ignore[arg-type]
         )
+
+
+@contextmanager
+def _compilations() -> Iterator[list[float]]:
+    """Notes when each compilation inside the block ends, by the clock of time.perf_counter."""
+    ends: list[float] = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED:
+            ends.append(time.perf_counter())
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield ends
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def compare(
