@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -127,9 +128,10 @@ def _pad_blocks(blocks: _Blocks, multiple: int) -> _Blocks:
     return _Blocks(*(_pad_list(x, multiple, -FAR) for x in blocks))
 
 
-def _steps(needed: Array, size: int) -> Array:
-    """Steps of ``size`` entries up to and including the last needed one."""
-    return jnp.max(jnp.where(needed, jnp.arange(needed.size, dtype=jnp.int32) // size + 1, 0))
+def _steps(descending: Array, above: Array, size: int) -> Array:
+    """Steps of ``size`` entries that hold all entries above each bound; the list may rise a little where runs end."""
+    ascending = -lax.cummax(descending, reverse=True)
+    return (jnp.searchsorted(ascending, -above, side="left") + size - 1) // size
 
 
 def _gather_columns(k: Array, v: Array, layout: SparseLayout, width: int) -> tuple[Array, Array, Array]:
@@ -186,22 +188,22 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
         first, end = lax.map(bounds, (starts, low, high))
         return softmax.update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
 
-    def add_shared(acc, q, origin):
+    def add_shared(acc, q, origin, steps):
         size = SHARED_WIDTH // block_kv
 
         def step(i, acc):
             return add_blocks(acc, q, group_rows, origin, shared, i * size, size)
 
-        return lax.fori_loop(0, _steps(shared.starts > -origin - block_kv, size), step, acc)
+        return lax.fori_loop(0, steps, step, acc)
 
-    def add_columns(acc, q, origin):
+    def add_columns(acc, q, origin, steps):
         def step(i, acc):
             keys, values, at = (_take(x, i * width, width) for x in (column_k, column_v, columns))
             return softmax.update(acc, q, keys, values, group_rows, at - origin, jnp.where(at < length, group_q, 0))
 
-        return lax.fori_loop(0, _steps(columns < origin + group_q, width), step, acc)
+        return lax.fori_loop(0, steps, step, acc)
 
-    def add_alone(acc, q, origin, ids, id_count):
+    def add_alone(acc, q, origin, steps, ids, id_count):
         size = TILE_WIDTH // block_kv
         starts = ids * block_kv - origin
         listed = _Blocks(starts, starts, starts + block_kv)
@@ -209,25 +211,24 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
         def step(blocks):
             return lambda i, acc: add_blocks(acc, q, tile_rows, origin, blocks, i * size, size)
 
-        acc = lax.fori_loop(0, _steps(alone.starts > -origin - block_kv, size), step(alone), acc)
+        acc = lax.fori_loop(0, steps, step(alone), acc)
         return lax.fori_loop(0, (id_count + size - 1) // size, step(listed), acc)
 
     def group(args):
-        index, q, ids, id_counts = args
-        origin = offset + index * group_q
+        origin, q, shared_steps, column_steps, tile_args = args
         q = q.astype(jnp.float32) * scale
 
         def compute():
-            acc = add_shared(softmax.start(group_q, head_dim), q, origin)
-            acc = add_columns(acc, q, origin)
+            acc = add_shared(softmax.start(group_q, head_dim), q, origin, shared_steps)
+            acc = add_columns(acc, q, origin, column_steps)
 
             def tile(args):
-                j, q, ids, id_count, *acc = args
-                return add_alone(softmax.Accumulator(*acc), q, origin + j * block_q, ids, id_count)
+                q, acc, (origin, steps, ids, id_count) = args
+                return add_alone(acc, q, origin, steps, ids, id_count)
 
-            parts = [x.reshape(num_shared, block_q, *x.shape[1:]) for x in (q, *acc)]
-            acc = lax.map(tile, (jnp.arange(num_shared), parts[0], ids, id_counts, *parts[1:]))
-            return softmax.finish(softmax.Accumulator(*(x.reshape(group_q, *x.shape[2:]) for x in acc)))
+            per_tile = jax.tree.map(lambda x: x.reshape(num_shared, block_q, *x.shape[1:]), (q, acc))
+            acc = lax.map(tile, (*per_tile, tile_args))
+            return softmax.finish(jax.tree.map(lambda x: x.reshape(group_q, *x.shape[2:]), acc))
 
         out, lse = lax.cond(origin < length, compute, lambda: softmax.finish(softmax.start(group_q, head_dim)))
         real = origin + group_rows < length
@@ -238,6 +239,11 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
         return x.reshape(num_groups, num_shared, *x.shape[1:])
 
     rows = jnp.pad(q, ((0, num_groups * group_q - q_len), (0, 0))).reshape(num_groups, group_q, head_dim)
-    ids, id_counts = grouped(ids, FAR // block_kv), grouped(layout.block_counts)
-    out, lse = lax.map(group, (jnp.arange(num_groups, dtype=jnp.int32), rows, ids, id_counts))
+    origins = offset + jnp.arange(num_groups, dtype=jnp.int32) * group_q
+    tile_origins = origins[:, None] + jnp.arange(num_shared, dtype=jnp.int32) * block_q
+    shared_steps = _steps(shared.starts, -origins - block_kv, SHARED_WIDTH // block_kv)
+    column_steps = _steps(-columns, -origins - group_q, width)
+    alone_steps = _steps(alone.starts, -tile_origins - block_kv, TILE_WIDTH // block_kv)
+    tile_args = (tile_origins, alone_steps, grouped(ids, FAR // block_kv), grouped(layout.block_counts))
+    out, lse = lax.map(group, (origins, rows, shared_steps, column_steps, tile_args))
     return out.reshape(-1, head_dim)[:q_len].astype(q.dtype), lse.reshape(-1)[:q_len]

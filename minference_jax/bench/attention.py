@@ -1,15 +1,13 @@
 """The attention suite: sparse against dense attention of one layer, estimate and layout included.
 
-Random activations have no structure, so an estimate on them finds scattered slashes that cover everything. The cases
-make structure: "local" has queries and keys whose score falls with their distance, plus some heavy keys, so that the
-nearest slashes are found; "scattered" fixes the lists instead, 97 % of the slashes nearest and the rest and the
-verticals at random, as measured kernels elsewhere are.
+Random activations have no structure: an estimate on them finds scattered slashes that cover everything. So the estimate
+and the layout are computed and timed, and the kernel then gets lists of a stated kind: a share of the slashes nearest,
+the other slashes and the verticals at random.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minference_jax.attention import dense_attention, sparse_attention
+from minference_jax.attention import dense_attention
 from minference_jax.bench.records import record
 from minference_jax.estimate import FORCED_VERTICALS
+from minference_jax.index import build_layout
 from minference_jax.kernels import reference, sparse_xla
 from minference_jax.kernels.layouts import FAR, SparseLayout, compact, density, layout_mask, slash_offsets
 from minference_jax.kernels.tiles import TileConfig
-from minference_jax.patterns import VerticalSlash
+from minference_jax.patterns import PatternArrays, VerticalSlash, uniform_patterns
 
 CHECK_LENGTH = 1024
 """Tokens at which a case is checked against the oracle, whose memory is quadratic."""
@@ -36,40 +35,39 @@ TILES = TileConfig()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One benchmark case: a pattern for all heads and the way its lists come about ("local" or "scattered")."""
+    """One benchmark case: the pattern of all heads and the share of its slashes that are the nearest ones."""
 
-    lists: str
+    local_share: float
     pattern: VerticalSlash
     num_heads: int = 9
     num_kv_heads: int = 3
     head_dim: int = 64
 
+    @property
+    def name(self) -> str:
+        """The pattern's sizes and the kind of lists."""
+        sizes = f"{self.pattern.vertical_size}, {self.pattern.slash_size}"
+        return f"VS({sizes}), {self.local_share:.0%} of slashes nearest"
+
 
 PATTERN = VerticalSlash(vertical_size=500, slash_size=700)
-CASES = (Case(lists="local", pattern=PATTERN), Case(lists="scattered", pattern=PATTERN))
+CASES = (Case(local_share=1.0, pattern=PATTERN), Case(local_share=0.97, pattern=PATTERN))
 LENGTHS = (4096, 8192, 16384, 32768)
 
 
 def activations(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [1, T, N, H], k, v [1, T, K, H], float32, whose scores fall with distance and are high at some keys."""
+    """Random q [1, T, N, H], k, v [1, T, K, H], float32."""
     rng = np.random.default_rng(seed)
-    shapes = [(1, length, heads, case.head_dim) for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)]
-    q, k, v = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
-    half = case.head_dim // 2
-    angle = np.arange(length)[:, None] / 10_000 ** (np.arange(half) / half)
-    turning = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)[None, :, None]
-    heavy = rng.choice(length, length // 64, replace=False)
-    q, k = 0.3 * q + 1.5 * turning, 0.3 * k + 1.5 * turning
-    q[..., 0] += 2
-    k[:, heavy, :, 0] += 8
-    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, length, n, case.head_dim), dtype=np.float32)) for n in heads)
+    return q, k, v
 
 
-def scattered_layout(case: Case, length: int, seed: int = 0) -> SparseLayout:
-    """Lists of which 97 % of the slashes are the nearest; the others and the verticals are random."""
+def make_layout(case: Case, length: int, seed: int = 0) -> SparseLayout:
+    """The lists of a case: the first keys and the nearest slashes, the others at random."""
     rng = np.random.default_rng(seed)
     verticals, slashes = np.zeros((2, 1, case.num_heads, length), bool)
-    local = round(0.97 * case.pattern.slash_size)
+    local = round(case.local_share * case.pattern.slash_size)
     verticals[..., :FORCED_VERTICALS] = slashes[..., :local] = True
     for n in range(case.num_heads):
         more = case.pattern.vertical_size - FORCED_VERTICALS, case.pattern.slash_size - local
@@ -88,18 +86,17 @@ def scattered_layout(case: Case, length: int, seed: int = 0) -> SparseLayout:
     )
 
 
-def sparse_call(case: Case, length: int) -> tuple[Callable, float]:
-    """The jitted sparse attention of a case, q, k, v -> out, and its mean density at this length."""
+def sparse_call(case: Case, length: int) -> tuple[Callable[..., Any], float]:
+    """Estimate, layout and kernel of a case as one call of q, k, v, and its mean density at this length."""
     where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, length, jnp.int32)}
-    if case.lists == "local":
-        run = jax.jit(functools.partial(sparse_attention, pattern=case.pattern))
-        measured = functools.partial(sparse_attention, pattern=case.pattern, return_density=True)
-        return run, float(jnp.mean(jax.jit(measured)(*activations(case, length))[1]))
-    layout = scattered_layout(case, length)
-    run = functools.partial(sparse_xla.attention, scale=case.head_dim**-0.5, tiles=TILES, **where)
-    jitted = jax.jit(lambda q, k, v, layout: run(q, k, v, layout)[0])
+    where |= {"scale": case.head_dim**-0.5, "tiles": TILES}
+    rows = uniform_patterns(1, case.num_heads, case.pattern).arrays()
+    pattern = PatternArrays(*(jnp.asarray(x[0]) for x in rows))
+    index = jax.jit(lambda q, k, pattern: build_layout(q, k, pattern, max_num_blocks=1, **where))
+    kernel = jax.jit(lambda q, k, v, layout: sparse_xla.attention(q, k, v, layout, **where)[0])
+    layout = make_layout(case, length)
     share = density(layout, where["q_offset"], where["kv_len"], length, TILES)
-    return functools.partial(jitted, layout=layout), float(share.mean())
+    return lambda q, k, v: (index(q, k, pattern), kernel(q, k, v, layout)), float(share.mean())
 
 
 def check(case: Case) -> float:
@@ -111,7 +108,7 @@ def check(case: Case) -> float:
     q, k, v = activations(case, CHECK_LENGTH)
     scale = case.head_dim**-0.5
     small = dataclasses.replace(case, pattern=VerticalSlash(vertical_size=100, slash_size=140))
-    layout = scattered_layout(small, CHECK_LENGTH)
+    layout = make_layout(small, CHECK_LENGTH)
     at, length = jnp.zeros(1, jnp.int32), jnp.full(1, CHECK_LENGTH, jnp.int32)
     out, _ = sparse_xla.attention(q, k, v, layout, scale=scale, q_offset=at, kv_len=length, tiles=TILES)
     mask = layout_mask(layout, at, length, CHECK_LENGTH, CHECK_LENGTH, TILES)
@@ -152,7 +149,7 @@ def run(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3) -> Iterator[dict[s
             flops = 4 * case.head_dim * case.num_heads * length * (length + 1) / 2 * share
             yield record(
                 suite="attention",
-                case=f"{case.lists}, VS({case.pattern.vertical_size}, {case.pattern.slash_size})",
+                case=case.name,
                 implementation="xla",
                 length=length,
                 batch=1,

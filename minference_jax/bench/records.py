@@ -84,7 +84,7 @@ def attention_table(records: Iterable[dict[str, Any]]) -> str:
     if not rows:
         return "Nothing is recorded for this release yet."
     lines = [
-        "| tokens | lists | density | dense, ms | sparse, ms | dense : sparse |",
+        "| tokens | case | density | dense, ms | sparse, ms | dense : sparse |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
