@@ -101,7 +101,13 @@ def dense_attention(
 ) -> Array | tuple[Array, ...]:
     """Causal attention of every query to every earlier key, in memory linear in T and S.
 
-    Args: shared ones, see the module.
+    Args:
+      q: [B, T, N, H], float32, bfloat16 or float16. k, v: [B, S, K, H], same dtype.
+      scale: multiplies the scores; None = 1 / sqrt(H).
+      kv_len: int or int32 [B], valid keys; None = S.
+      q_offset: int or int32 [B], absolute position of the first query; None = 0.
+      return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
+      implementation: "xla"; None = the first that can do the call.
 
     Returns:
       out [B, T, N, H] in q's dtype, or (out, lse).
@@ -158,13 +164,18 @@ def sparse_attention(
     The index is estimated from these q and k for all heads at once; the work is in proportion to what is kept.
 
     Args:
+      q: [B, T, N, H], float32, bfloat16 or float16. k, v: [B, S, K, H], same dtype.
       pattern: PatternArrays of int32 [N], one entry per query head, usable as a jit input; or one HeadPattern for
         all heads.
       return_density: also return float32 [B, N], each head's share of the work of dense attention, in tiles.
       max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys per 64 queries; memory is
         B * N * T / 64 * max_num_blocks integers. Heads that ask for more are refused; where their sizes are traced
         and can't be read, their output is NaN.
-      Shared ones: see the module.
+      scale: multiplies the scores; None = 1 / sqrt(H).
+      kv_len: int or int32 [B], valid keys; None = S.
+      q_offset: int or int32 [B], absolute position of the first query; None = 0.
+      return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
+      implementation: "xla"; None = the first that can do the call.
 
     Returns:
       out [B, T, N, H] in q's dtype, followed by lse and density where asked for.

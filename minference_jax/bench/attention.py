@@ -88,14 +88,14 @@ def make_layout(case: Case, length: int, seed: int = 0) -> SparseLayout:
 
 def sparse_call(case: Case, length: int) -> tuple[Callable[..., Any], float]:
     """Estimate, layout and kernel of a case as one call of q, k, v, and its mean density at this length."""
-    where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, length, jnp.int32)}
-    where |= {"scale": case.head_dim**-0.5, "tiles": TILES}
+    at, valid = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
+    where: dict[str, Any] = {"q_offset": at, "kv_len": valid, "scale": case.head_dim**-0.5, "tiles": TILES}
     rows = uniform_patterns(1, case.num_heads, case.pattern).arrays()
     pattern = PatternArrays(*(jnp.asarray(x[0]) for x in rows))
     index = jax.jit(lambda q, k, pattern: build_layout(q, k, pattern, max_num_blocks=1, **where))
     kernel = jax.jit(lambda q, k, v, layout: sparse_xla.attention(q, k, v, layout, **where)[0])
     layout = make_layout(case, length)
-    share = density(layout, where["q_offset"], where["kv_len"], length, TILES)
+    share = density(layout, at, valid, length, TILES)
     return lambda q, k, v: (index(q, k, pattern), kernel(q, k, v, layout)), float(share.mean())
 
 
