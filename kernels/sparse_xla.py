@@ -174,8 +174,9 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
 
         def bounds(block):  # the first and the end of the rows that see each key
             start, low, high = block
-            key = start + jnp.arange(block_kv, dtype=jnp.int32)
-            skip = _take(is_column, start + origin + block_kv, block_kv)
+            key = (start[:, None] + jnp.arange(block_kv, dtype=jnp.int32)).reshape(-1)
+            low, high = (jnp.repeat(x, block_kv, total_repeat_length=key.size) for x in (low, high))
+            skip = jnp.concatenate([_take(is_column, at + origin + block_kv, block_kv) for at in start])
             skip |= (key + origin < 0) | (key + origin >= length)
             first = jnp.maximum(key, ((key - high) // block_q + 1) * block_q)
             end = jnp.minimum(key + layout.windows, ((key - low) // block_q + 1) * block_q)
@@ -185,7 +186,7 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
             return jnp.concatenate([_take(x, at + origin + block_kv, block_kv) for at in starts])
 
         # A loop of its own: fused into the scores, the bounds would be computed once for every score.
-        first, end = lax.map(bounds, (starts, low, high))
+        first, end = lax.map(bounds, [x.reshape(-1, min(size, 4)) for x in (starts, low, high)])
         return softmax.update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
 
     def add_shared(acc, q, origin, steps):
@@ -226,9 +227,12 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
                 q, acc, (origin, steps, ids, id_count) = args
                 return add_alone(acc, q, origin, steps, ids, id_count)
 
-            per_tile = jax.tree.map(lambda x: x.reshape(num_shared, block_q, *x.shape[1:]), (q, acc))
-            acc = lax.map(tile, (*per_tile, tile_args))
-            return softmax.finish(jax.tree.map(lambda x: x.reshape(group_q, *x.shape[2:]), acc))
+            def each_tile():
+                per_tile = jax.tree.map(lambda x: x.reshape(num_shared, block_q, *x.shape[1:]), (q, acc))
+                return jax.tree.map(lambda x: x.reshape(group_q, *x.shape[2:]), lax.map(tile, (*per_tile, tile_args)))
+
+            _, steps, _, id_counts = tile_args
+            return softmax.finish(lax.cond((steps + id_counts).any(), each_tile, lambda: acc))
 
         out, lse = lax.cond(origin < length, compute, lambda: softmax.finish(softmax.start(group_q, head_dim)))
         real = origin + group_rows < length

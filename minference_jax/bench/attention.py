@@ -118,7 +118,7 @@ def check(case: Case) -> float:
     error = float(jnp.stack(errors).max())
     if not error <= TOLERANCE:
         raise RuntimeError(
-            f"{case.lists}: the error against the oracle is {error:.2e}, above {TOLERANCE}; no time is measured"
+            f"{case.name}: the error against the oracle is {error:.2e}, above {TOLERANCE}; no time is measured"
         )
     return error
 
