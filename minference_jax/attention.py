@@ -169,8 +169,8 @@ def sparse_attention(
         all heads.
       return_density: also return float32 [B, N], each head's share of the work of dense attention, in tiles.
       max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys per 64 queries; memory is
-        B * N * T / 64 * max_num_blocks integers. Heads that ask for more are refused; where their sizes are traced
-        and can't be read, their output is NaN.
+        B * N * T / 64 * max_num_blocks integers. Heads that ask for more, and kinds and sizes that make no sense, are
+        refused; where they are traced and can't be read, the head's output is NaN.
       scale: multiplies the scores; None = 1 / sqrt(H).
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
@@ -263,15 +263,14 @@ def _pattern_arrays(pattern: PatternArrays | HeadPattern, num_heads: int, max_nu
             raise ValueError(
                 f"pattern.{name} is {_describe(x)}, it must be integers of shape ({num_heads},), one a head"
             )
-    known = [None if isinstance(x, jax.core.Tracer) else np.asarray(x) for x in pattern]
-    kinds, *sizes = known
-    if kinds is not None and not np.isin(kinds, list(PatternKind)).all():
-        raise ValueError(f"pattern.kind={kinds.tolist()} must hold codes of PatternKind, {list(map(int, PatternKind))}")
-    for name, x in zip(pattern._fields[1:], sizes, strict=True):
-        if x is not None and x.min() < 0:
-            raise ValueError(f"pattern.{name}={x.tolist()} must not be negative")
-    if sizes[-1] is not None and sizes[-1].max() > max_num_blocks:
-        raise ValueError(f"a head keeps num_blocks={sizes[-1].max()} blocks, more than {max_num_blocks=}")
+    if not any(isinstance(x, jax.core.Tracer) for x in pattern):
+        known = PatternArrays(*map(np.asarray, pattern))
+        for head in np.flatnonzero(~_is_fit(known, max_num_blocks))[:1]:
+            given = ", ".join(f"{name}={x[head]}" for name, x in known._asdict().items())
+            raise ValueError(
+                f"head {head} of the pattern has {given}; it needs a code of PatternKind, positive sizes of that "
+                f"kind, at most {max_num_blocks=} blocks"
+            )
     return PatternArrays(*(jnp.asarray(x, jnp.int32) for x in pattern))
 
 
@@ -286,9 +285,19 @@ def _sparse(q, k, v, pattern, kv_len, q_offset, *, scale, max_num_blocks, implem
     where = {"scale": scale, "kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
     layout = build_layout(q, k, pattern, max_num_blocks=max_num_blocks, **where)
     out, lse = _run("sparse", implementation, q, k, v, layout, **where)
-    too_many = (pattern.kind == PatternKind.BLOCK_SPARSE) & (pattern.num_blocks > max_num_blocks)
-    out = jnp.where(too_many[:, None], jnp.nan, out).astype(out.dtype)
+    out = jnp.where(_is_fit(pattern, max_num_blocks)[:, None], out, jnp.nan).astype(out.dtype)
     return out, lse, density(layout, q_offset, kv_len, q.shape[1], tiles)
+
+
+def _is_fit(pattern: PatternArrays, max_num_blocks: int):
+    """Bool [N]: whether the kind and the sizes of each head can be honoured; works on numpy arrays and traced ones."""
+    kind, kinds = pattern.kind, PatternKind
+    return (
+        ((kind == kinds.VERTICAL_SLASH) & (pattern.vertical_size > 0) & (pattern.slash_size > 0))
+        | ((kind == kinds.A_SHAPE) & (pattern.sink_size > 0) & (pattern.window_size > 0))
+        | ((kind == kinds.BLOCK_SPARSE) & (pattern.num_blocks > 0) & (pattern.num_blocks <= max_num_blocks))
+        | (kind == kinds.DENSE)
+    )
 
 
 def _run(function: Literal["dense", "sparse"], implementation: str | None, *args, **kwargs) -> tuple[Array, Array]:
@@ -346,6 +355,7 @@ def _prepare(q, k, v, scale, kv_len, q_offset):
 
 
 def _per_sequence(name: str, value: ArrayLike, batch: int, low: int, high: int) -> Array:
+    value = np.asarray(value) if isinstance(value, list | tuple) else value
     if jnp.shape(value) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"{name} is {_describe(value)}, it must be an integer or integers of shape ({batch},)")
     if not isinstance(value, jax.core.Tracer):

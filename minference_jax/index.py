@@ -39,6 +39,7 @@ def build_layout(
       SparseLayout of B sequences and N heads.
     """
     batch, num_heads, size = q.shape[0], q.shape[2], k.shape[1]
+    kv_len = jnp.minimum(kv_len, q_offset + q.shape[1])  # no query of this chunk sees further
     kind = pattern.kind[:, None]
     index = jnp.arange(size, dtype=jnp.int32)
 
@@ -83,7 +84,8 @@ def build_layout(
 
 def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks) -> estimate.BlockSparseIndices:
     batch, q_len, num_heads, _ = q.shape
-    capacity = min(max_num_blocks, -(-k.shape[1] // tiles.block_kv))
+    own = tiles.block_q // tiles.block_kv + 1  # blocks that hold a tile's own positions, kept whatever was asked for
+    capacity = min(max(max_num_blocks, own), -(-k.shape[1] // tiles.block_kv))
     is_block_sparse = pattern.kind == PatternKind.BLOCK_SPARSE
 
     def estimated():

@@ -165,6 +165,28 @@ def test_chunks_at_offsets_equal_one_shot_where_the_kept_set_does_not_depend_on_
 
 
 @IMPLEMENTATIONS
+def test_keys_beyond_a_chunk_do_not_change_what_is_estimated_for_it(implementation):
+    q, k, v = make()
+    run = functools.partial(attention.sparse_attention, pattern=arrays(*MIXED), implementation=implementation)
+    chunk = q[:, 30:130]
+    np.testing.assert_array_equal(run(chunk, k, v, q_offset=30), run(chunk, k, v, q_offset=30, kv_len=130))
+
+
+@IMPLEMENTATIONS
+def test_one_block_on_an_unaligned_chunk_keeps_both_blocks_of_its_own(implementation):
+    q, k, v = make()
+    run = functools.partial(attention.block_sparse_attention, num_blocks=1, q_offset=30, implementation=implementation)
+    chunk = q[:, 30:130]
+    np.testing.assert_array_equal(run(chunk, k, v), run(chunk, k, v, max_num_blocks=8))
+
+
+def test_lengths_may_be_lists():
+    q, k, v = make(B=2)
+    expected = attention.dense_attention(q, k, v, kv_len=jnp.array([200, 77]))
+    np.testing.assert_array_equal(attention.dense_attention(q, k, v, kv_len=[200, 77]), expected)
+
+
+@IMPLEMENTATIONS
 def test_vmap_over_the_batch_equals_the_batch(implementation):
     q, k, v = make(T=100, B=2)
     run = functools.partial(attention.sparse_attention, pattern=arrays(*MIXED), implementation=implementation)
@@ -232,10 +254,20 @@ def test_named_implementation_never_falls_back(monkeypatch):
         attention.dense_attention(*make(T=34))
 
 
+def test_traced_kinds_and_sizes_that_make_no_sense_give_nan():
+    q, k, v = make()
+    pattern = arrays(*MIXED)
+    nonsense = pattern._replace(kind=jnp.array([7, 1, 2, 3]), window_size=jnp.zeros(4, jnp.int32))
+    out = np.asarray(jax.jit(attention.sparse_attention)(q, k, v, nonsense))
+    assert np.isnan(out[:, :, :2]).all()
+    assert np.isfinite(out[:, :, 2:]).all()
+
+
 def test_more_blocks_than_the_capacity_are_refused_or_made_nan_where_they_are_traced():
     q, k, v = make(T=70)
     pattern = arrays(*[BlockSparse(num_blocks=5), Dense()] * 2)
-    with pytest.raises(ValueError, match="num_blocks=5 blocks, more than max_num_blocks=4"):
+    assert np.isfinite(np.asarray(attention.sparse_attention(q, k, v, pattern))).all()
+    with pytest.raises(ValueError, match=r"head 0 .*num_blocks=5.* at most max_num_blocks=4 blocks"):
         attention.sparse_attention(q, k, v, pattern, max_num_blocks=4)
     out = jax.jit(functools.partial(attention.sparse_attention, max_num_blocks=4))(q, k, v, pattern)
     assert np.isnan(np.asarray(out)[:, :, ::2]).all()
@@ -275,9 +307,9 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": np.array([0, 1, 2, 9])}, "must hold codes of PatternKind"),
+        ({"kind": np.array([0, 1, 2, 9])}, "head 3 .*kind=9.*a code of PatternKind"),
         ({"kind": np.array([0, 1])}, r"integers of shape \(4,\), one a head"),
-        ({"sink_size": np.full(4, -3)}, "must not be negative"),
+        ({"sink_size": np.full(4, -3)}, "head 1 .*sink_size=-3.*positive sizes"),
         ({"slash_size": np.full(4, 1.5)}, "must be integers"),
     ],
 )

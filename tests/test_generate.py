@@ -246,6 +246,18 @@ def test_impossible_prompts_are_refused(model, prompts, message):
         model.prefill(prompts)
 
 
+def test_texts_and_tokens_do_not_mix_and_empty_texts_are_named(model):
+    with pytest.raises(ValueError, match="all texts or all token ids, got both"):
+        model.generate(["hi", [1, 2]])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        model.generate("")
+
+
+def test_stop_tokens_that_are_no_ids_are_refused(model):
+    with pytest.raises(ValueError, match="stop_tokens must be token ids, got 'x'"):
+        model.generate([1, 2], stop_tokens=["x"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

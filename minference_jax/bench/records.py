@@ -96,7 +96,8 @@ def attention_table(records: Iterable[dict[str, Any]]) -> str:
     lines.append("")
     lines.append(
         f"Attention of {first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
-        f"{first['dtype']}, implementation `{first['implementation']}`, estimate included, medians of one run on "
+        f"{first['dtype']}, implementation `{first['implementation']}`. Times of sparse hold estimate, layout and "
+        "kernel; the kernel reads constructed lists of the stated kind, not those that were estimated. Medians on "
         f"{first['device']}; jax {first['jax']}, commit {first['commit']}, {first['date']}. The baseline is this "
         "library's own dense attention."
     )

@@ -48,7 +48,10 @@ def random_key(arguments: argparse.Namespace) -> jax.Array | None:
         if arguments.seed is not None:
             raise ValueError("--seed has no effect at --temperature 0; give a temperature above 0")
         return None
-    return jax.random.key(0 if arguments.seed is None else arguments.seed)
+    seed = 0 if arguments.seed is None else arguments.seed
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"--seed {seed} must be between 0 and {2**31 - 1}")
+    return jax.random.key(seed)
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

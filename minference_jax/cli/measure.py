@@ -17,6 +17,7 @@ import numpy as np
 from minference_jax.attention import IMPLEMENTATIONS
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import LanguageModel, PrefillResult
+from minference_jax.generate.streaming import decode_text
 from minference_jax.patterns import HeadPattern
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax reports it when a program is compiled
@@ -222,7 +223,7 @@ def _greedy(model: LanguageModel, prefilled: PrefillResult, max_new_tokens: int,
 
 def _text(model: LanguageModel, tokens: Sequence[int]) -> str:
     end = next((place for place, token in enumerate(tokens) if token in model.stop_tokens), len(tokens))
-    return model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return decode_text(model.tokenizer, tokens[:end])
 
 
 def peak_memory() -> tuple[int | None, str]:

@@ -192,7 +192,7 @@ class LanguageModel:
         Raises:
             ValueError: as in `decode`.
         """
-        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else _token_ids(stop_tokens)
         rows: list[list[int]] = [[] for _ in range(prefilled.logits.shape[0])]
         stopped = [False] * len(rows)
         for tokens in self.decode(prefilled, **options):
@@ -217,7 +217,7 @@ class LanguageModel:
         """
         if prefilled.logits.shape[0] != 1:
             raise ValueError(f"stream takes a single prompt, got a batch of {prefilled.logits.shape[0]}")
-        stops = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else _token_ids(stop_tokens)
         return _text(TextPieces(self._need_tokenizer()), self.decode(prefilled, **options), stops)
 
     def generate(
@@ -240,7 +240,12 @@ class LanguageModel:
             ValueError, NotImplementedError: as in `prefill` and `decode`.
         """
         tokens: Any = [prompts] if isinstance(prompts, str) else prompts
-        if len(tokens) and isinstance(tokens[0], str):
+        texts = [isinstance(prompt, str) for prompt in tokens]
+        if any(texts):
+            if not all(texts):
+                raise ValueError("prompts must be all texts or all token ids, got both")
+            if "" in tokens:
+                raise ValueError(f"prompt {tokens.index('')} is empty")
             tokens = [self.encode(text) for text in tokens]
         prefilled = self.prefill(tokens, attention=attention, pattern=pattern, implementation=implementation)
         return self.complete(prefilled, **options)
@@ -281,3 +286,10 @@ def _read_token(graph: Any, state: Any, token: jax.Array, cache: KVCache) -> tup
     """One step of decoding: the next logits, and the donated cache with one more token in each row."""
     logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
     return logits, cache
+
+
+def _token_ids(stop_tokens: Sequence[int]) -> frozenset[int]:
+    wrong = [token for token in stop_tokens if not isinstance(token, int | np.integer)]
+    if wrong:
+        raise ValueError(f"stop_tokens must be token ids, got {wrong[0]!r}")
+    return frozenset(int(token) for token in stop_tokens)

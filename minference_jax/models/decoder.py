@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -121,5 +122,8 @@ def check_call(
             raise ValueError(f"cache.{name} is {list(array.shape)}, this model and batch need {list(expected)}")
         if array.dtype != dtype:
             raise ValueError(f"cache.{name} is {array.dtype}, the model's parameters are {dtype}")
+    if not isinstance(cache.length, jax.core.Tracer) and np.asarray(cache.length).max() + count > cache.capacity:
+        held = np.asarray(cache.length).max()
+        raise ValueError(f"{count} new tokens do not fit a cache of {cache.capacity} that holds {held} already")
     if count > cache.capacity:
         raise ValueError(f"{count} new tokens do not fit a cache of {cache.capacity}")

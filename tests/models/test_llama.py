@@ -142,6 +142,8 @@ def test_cache_that_does_not_fit_the_model_is_refused():
         model(tokens, empty(model, 2, 20, jnp.bfloat16))
     with pytest.raises(ValueError, match=r"20 new tokens do not fit a cache of 19"):
         model(tokens, empty(model, 2, 19))
+    with pytest.raises(ValueError, match=r"20 new tokens do not fit a cache of 30 that holds 11 already"):
+        model(tokens, empty(model, 2, 30)._replace(length=jnp.array([3, 11])))
     with pytest.raises(
         ValueError, match=r"cache.k is \[3, 1, 20, 2, 8\], this model and batch need \[3, 2, 20, 2, 8\]"
     ):
