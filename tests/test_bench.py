@@ -20,7 +20,7 @@ def test_bench_checks_the_oracle_then_records_every_field(tmp_path, capsys):
         assert tuple(one) == records.FIELDS
         assert one["error"] <= attention.TOLERANCE
         assert one["ratio"] == one["ms"] / one["baseline_ms"]
-        assert 0 < one["density"] <= 1.3
+        assert one["density"] > 0
 
 
 def test_a_wrong_result_prints_no_time(monkeypatch):
