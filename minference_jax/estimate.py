@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from minference_jax.kernels.layouts import FAR, compact, tile_starts
+from minference_jax.kernels.layouts import compact, tile_starts
 from minference_jax.kernels.tiles import TileConfig
 
 LAST_Q = 64
@@ -227,7 +227,6 @@ def block_sparse(
 
 
 __all__ = [
-    "FAR",
     "LAST_Q",
     "BlockSparseIndices",
     "VerticalSlashIndices",
