@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from minference_jax.kernels import softmax
+from minference_jax.kernels.tiles import TileConfig
 
 ROWS = 384
 """Query rows per step, over the heads of a group: large enough for XLA's CPU dot to use every core."""
 WIDTH = 1024
 """Keys per step."""
 
+FEW_QUERIES = 4
+"""Up to so many queries the scores are small and all keys go at once: decoding."""
 
-def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array) -> tuple[Array, Array]:
+
+def attention(
+    q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array, tiles: TileConfig
+) -> tuple[Array, Array]:
     """Causal attention of a query chunk over a cache.
 
     Args:
@@ -21,12 +29,15 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv
       scale: multiplies the scores.
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
+      tiles: not read: the steps here are larger.
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
     """
     q_len, num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[2]
+    if q_len <= FEW_QUERIES:
+        return _few_queries(q, k, v, scale, q_offset, kv_len)
     group_size = num_heads // num_kv_heads
     block_q = min(max(ROWS // group_size, 32), q_len)
     width = min(max(WIDTH, ROWS * WIDTH // (block_q * group_size)), 4 * WIDTH, k.shape[1])
@@ -69,3 +80,21 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv
         return out.swapaxes(0, 1).reshape(q_len, num_heads, head_dim), lse.swapaxes(0, 1).reshape(q_len, num_heads)
 
     return lax.map(sequence, (q, k, v, q_offset, kv_len))
+
+
+def _few_queries(q, k, v, scale, q_offset, kv_len) -> tuple[Array, Array]:
+    batch, q_len, _, head_dim = q.shape
+    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    key = jnp.arange(k.shape[1], dtype=jnp.int32)
+    position = q_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)
+    length = kv_len[:, None, None]
+    seen = (key <= position[..., None]) & (key < length) & (position[..., None] < length)
+    scores = product("btkgh,bskh->bkgts", q.reshape(batch, q_len, k.shape[2], -1, head_dim), k) * scale
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min / 2)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    v = jnp.where((key < kv_len[:, None])[..., None, None], v, 0)  # a weight of zero does not hide a NaN
+    out = product("bkgts,bskh->btkgh", (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype), v)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
+    return out.reshape(q.shape).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])

@@ -8,11 +8,13 @@ A query tile that starts at absolute position a reads
 * listed blocks: keys [block_kv * i, block_kv * (i + 1)) for each id i that its head and tile list;
 * columns: single keys, the same for every tile of the head.
 
-Blocks of one head never overlap; a key that is also a column counts as a column only, so no key is counted twice.
+Blocks of one head never overlap, and a pair of query and key counts once, however many of these hold it. A head that
+lists blocks has neither slash blocks nor columns.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -34,7 +36,7 @@ class SparseLayout(NamedTuple):
       columns: int32 [B, N, C]. Key positions, ascending, then FAR.
       column_counts: int32 [B, N]. Used entries of ``columns``.
       windows: int32 [B, N]. Pairs in slash blocks count only at distances below this (FAR: no bound); it makes the
-        window of an A-shape exact to the token.
+        window of an A-shape exact to the token. Negative: the head can't be honoured, and its output is NaN.
       block_ids: int32 [B, N, Tq, C]. Listed blocks, ascending, then FAR.
       block_counts: int32 [B, N, Tq]. Used entries of ``block_ids``.
     """
@@ -109,6 +111,11 @@ def tile_starts(q_offset: Array, q_len: int, tiles: TileConfig) -> Array:
     return q_offset[:, None] + jnp.arange(num_tiles, dtype=jnp.int32) * tiles.block_q
 
 
+def count_above(lists: Array, bounds: Array) -> Array:
+    """How many entries of lists [B, N, C] lie above bounds [B, N, Tq] (broadcast): int32 [B, N, Tq]."""
+    return (lists[:, :, None, :] > bounds[..., None]).sum(axis=-1, dtype=jnp.int32)
+
+
 def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
     """Keys each query tile computes, in tokens, after the blocks and columns that lie wholly outside it are skipped.
 
@@ -123,9 +130,8 @@ def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: i
       int32 [B, N, Tq]; 0 for tiles of padding.
     """
     starts = tile_starts(q_offset, q_len, tiles)  # [B, Tq]
-    search = jax.vmap(jax.vmap(jnp.searchsorted, in_axes=(0, None)))  # over B, then N
-    blocks = search(-layout.offsets, starts + tiles.block_kv)  # o > -(a + block_kv), that is -o < a + block_kv
-    columns = search(layout.columns, jnp.minimum(starts + tiles.block_q, kv_len[:, None]))
+    blocks = count_above(layout.offsets, -(starts + tiles.block_kv)[:, None])
+    columns = count_above(-layout.columns, -jnp.minimum(starts + tiles.block_q, kv_len[:, None])[:, None])
     keys = (blocks + layout.block_counts) * tiles.block_kv + columns
     return jnp.where((starts < kv_len[:, None])[:, None], keys, 0).astype(jnp.int32)
 
@@ -145,6 +151,30 @@ def density(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, ti
     return kept / jnp.maximum(dense.astype(jnp.float32).sum(axis=-1), 1.0)[:, None]
 
 
+def everything(batch: int, num_heads: int, q_len: int, kv_capacity: int, tiles: TileConfig) -> SparseLayout:
+    """The layout of dense attention, with room for nothing else.
+
+    Args:
+      batch: B. num_heads: N. q_len: T. kv_capacity: S. tiles: tile sizes.
+
+    Returns:
+      SparseLayout of B sequences and N heads.
+    """
+    count = -(-(kv_capacity + tiles.block_q - tiles.block_kv) // tiles.block_kv)
+    offsets = tiles.block_q - tiles.block_kv - jnp.arange(count, dtype=jnp.int32) * tiles.block_kv
+    heads, num_tiles = (batch, num_heads), -(-q_len // tiles.block_q)
+    none = functools.partial(jnp.zeros, dtype=jnp.int32)
+    return SparseLayout(
+        offsets=jnp.broadcast_to(offsets, (*heads, count)),
+        offset_counts=jnp.full(heads, count, jnp.int32),
+        columns=none((*heads, 0)),
+        column_counts=none(heads),
+        windows=jnp.full(heads, FAR, jnp.int32),
+        block_ids=none((*heads, num_tiles, 0)),
+        block_counts=none((*heads, num_tiles)),
+    )
+
+
 def make_dense(layout: SparseLayout, heads: Array, kv_capacity: int, tiles: TileConfig) -> SparseLayout:
     """Lets the marked heads keep everything.
 
@@ -157,16 +187,15 @@ def make_dense(layout: SparseLayout, heads: Array, kv_capacity: int, tiles: Tile
     Returns:
       SparseLayout of the same shapes.
     """
-    index = jnp.arange(layout.offsets.shape[-1], dtype=jnp.int32)
-    count = -(-(kv_capacity + tiles.block_q - tiles.block_kv) // tiles.block_kv)
-    offsets = jnp.where(index < count, tiles.block_q - tiles.block_kv - index * tiles.block_kv, -FAR)
-    return SparseLayout(
+    dense = everything(*heads.shape, kv_capacity, kv_capacity, tiles)
+    room = [(0, 0), (0, 0), (0, layout.offsets.shape[-1] - dense.offsets.shape[-1])]
+    offsets = jnp.pad(dense.offsets, room, constant_values=-FAR)
+    return layout._replace(
         offsets=jnp.where(heads[..., None], offsets, layout.offsets),
-        offset_counts=jnp.where(heads, count, layout.offset_counts),
+        offset_counts=jnp.where(heads, dense.offset_counts, layout.offset_counts),
         columns=jnp.where(heads[..., None], FAR, layout.columns),
         column_counts=jnp.where(heads, 0, layout.column_counts),
         windows=jnp.where(heads, FAR, layout.windows),
-        block_ids=layout.block_ids,
         block_counts=jnp.where(heads[..., None], 0, layout.block_counts),
     )
 

@@ -114,6 +114,7 @@ def attention(
             return run_head(q, k[index // group_size], v[index // group_size], layout, offset, length)
 
         out, lse = lax.map(head, (jnp.arange(num_heads), q.swapaxes(0, 1), layout))
+        out = jnp.where(layout.windows[:, None, None] >= 0, out, jnp.nan).astype(out.dtype)
         return out.swapaxes(0, 1), lse.swapaxes(0, 1)
 
     return lax.map(sequence, (q, k, v, layout, q_offset, kv_len))
@@ -158,7 +159,7 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
     num_groups = -(-q_len // group_q)
     group_rows, tile_rows = (jnp.arange(n, dtype=jnp.int32) for n in (group_q, block_q))
 
-    width = min(COLUMN_WIDTH, layout.columns.size)
+    width = min(COLUMN_WIDTH, max(layout.columns.size, 1))
     column_k, column_v, columns = _gather_columns(k, v, layout, width)
     used = jnp.arange(layout.columns.size) < layout.column_counts
     is_column = jnp.zeros(k.shape[:1], bool).at[jnp.where(used, layout.columns, FAR)].set(True, mode="drop")

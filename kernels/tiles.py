@@ -1,4 +1,4 @@
-"""Tile sizes: how many queries and keys one tile of work holds."""
+"""Tile sizes: how many queries and keys one tile of work holds, and which sizes suit a device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """Rows and columns of one attention tile, in tokens.
+    """Rows and columns of one attention tile, in tokens, and how GPU kernels run tiles.
 
-    A layout is built for one TileConfig and must be read with the same one.
+    A layout is built for one TileConfig and must be read with the same one. Its meaning depends on the first two.
 
     Args:
       block_q: queries per tile; a multiple of ``block_kv``.
       block_kv: keys per tile; a power of two.
+      num_warps: warps of 32 threads per GPU program, a power of two.
+      num_stages: depth of the pipeline that loads keys and values into a GPU's shared memory.
 
     Raises:
       ValueError: a size is not as above.
@@ -21,9 +23,85 @@ class TileConfig:
 
     block_q: int = 64
     block_kv: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.block_kv < 1 or self.block_kv & (self.block_kv - 1):
-            raise ValueError(f"block_kv={self.block_kv} must be a power of two")
+        for name in ("block_kv", "num_warps"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}={size} must be a power of two")
         if self.block_q < 1 or self.block_q % self.block_kv:
             raise ValueError(f"block_q={self.block_q} must be a positive multiple of block_kv={self.block_kv}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the choice of kernel and tiles depends on.
+
+    Args:
+      platform: "cpu", "cuda", "rocm", "tpu", ...
+      kind: the device's name, such as "NVIDIA H100 80GB HBM3".
+      compute_capability: of an NVIDIA GPU, as (major, minor); else None.
+    """
+
+    platform: str
+    kind: str
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one program of an NVIDIA GPU may use."""
+        if self.compute_capability is None:
+            return 0
+        big = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+        return big.get(self.compute_capability, 101376)
+
+
+def shared_memory_bytes(tiles: TileConfig, head_dim: int, itemsize: int) -> int:
+    """Shared memory that the Triton attention kernel uses at most, in bytes: queries, staged keys and values, rest."""
+    rows = tiles.block_q + 2 * tiles.num_stages * tiles.block_kv
+    return rows * head_dim * itemsize + 1024
+
+
+def xla_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
+    """The tiles of the pure JAX kernels, the same on every device."""
+    return TileConfig()
+
+
+TRITON_CANDIDATES = tuple(
+    TileConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+    for block_q, block_kv, num_warps in ((64, 64, 4), (64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4))
+    for num_stages in (2, 1)
+)
+"""Tiles of the Triton kernel, the preferred ones first. 64 by 64 tiles keep least of scattered slashes: on an H100 they
+beat 128 by 64, which run at a higher rate, on every vertical-slash case of the bench."""
+
+
+def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
+    """Tiles of the Triton kernel for a device.
+
+    Args:
+      device: an NVIDIA GPU.
+      head_dim: H.
+      itemsize: bytes of one element of q, k and v.
+
+    Returns:
+      The first of ``TRITON_CANDIDATES`` whose shared memory and registers suffice.
+
+    Raises:
+      NotImplementedError: the device is no NVIDIA GPU of compute capability 8.0 or later.
+    """
+    if device.compute_capability is None or device.compute_capability < (8, 0):
+        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
+    for tiles in TRITON_CANDIDATES:
+        fits_registers = tiles.block_q * head_dim * itemsize <= REGISTER_TILE
+        if fits_registers and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
+            return tiles
+    raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
+
+
+REGISTER_TILE = 64 * 256 * 2
+"""Bytes of a query tile up to which the kernel does not spill registers."""

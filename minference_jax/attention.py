@@ -13,16 +13,19 @@ Arguments that all functions share:
     cache; None = 0. Row t stands at position q_offset + t and sees keys j <= q_offset + t with j < kv_len. Rows at
     positions >= kv_len are padding: they give zeros.
   return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
-  implementation: "xla", or None = the first that can do the call.
+  implementation: "cudnn" (dense attention on NVIDIA GPUs), "triton" (NVIDIA GPUs of compute capability 8.0 or later),
+    "xla" (everywhere), or None = the first of these that can do the call on the device where q is.
 They raise ValueError, which says what was given and what is needed, for shapes, dtypes and sizes that do not fit, and
 NotImplementedError where an implementation named by the caller can't do the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
+from collections.abc import Iterator
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +33,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from minference_jax.index import build_layout
-from minference_jax.kernels import flash_xla, sparse_xla
+from minference_jax.capacities import check_pattern, is_fit
+from minference_jax.implementations import Implementation, device_of, first_that_can
+from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import FAR, density
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import (
@@ -39,28 +43,10 @@ from minference_jax.patterns import (
     BlockSparse,
     HeadPattern,
     PatternArrays,
-    PatternKind,
     VerticalSlash,
-    uniform_patterns,
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _Kernel(Protocol):
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Array]: ...
-
-
-class Implementation(NamedTuple):
-    """One way to compute attention: dense(q, k, v, ...) and sparse(q, k, v, layout, ...), both -> (out, lse)."""
-
-    name: str
-    dense: _Kernel
-    sparse: _Kernel
-
-
-IMPLEMENTATIONS = (Implementation("xla", flash_xla.attention, sparse_xla.attention),)
-"""In the order in which ``implementation=None`` tries them."""
 
 
 class Shared(TypedDict, total=False):
@@ -75,7 +61,10 @@ class Shared(TypedDict, total=False):
 class SharedSparse(Shared, total=False):
     """The arguments that all sparse attention functions share; see ``sparse_attention``."""
 
-    max_num_blocks: int
+    slash_granularity: SlashGranularity
+    max_num_blocks: int | None
+    max_num_columns: int | None
+    tiles: TileConfig | None
     return_lse: bool
     return_density: bool
 
@@ -107,7 +96,7 @@ def dense_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
-      implementation: "xla"; None = the first that can do the call.
+      implementation: "cudnn", "triton" or "xla"; None = the first that can do the call.
 
     Returns:
       out [B, T, N, H] in q's dtype, or (out, lse).
@@ -117,8 +106,9 @@ def dense_attention(
       NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
-    out, lse = _dense(q, k, v, kv_len, q_offset, scale=scale, implementation=implementation)
-    return (out, lse) if return_lse else out
+    static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
+    with _sizes_in_memory_errors(q, k):
+        return _dense(q, k, v, kv_len, q_offset, **static)
 
 
 @overload
@@ -130,7 +120,10 @@ def sparse_attention(
     *,
     return_lse: Literal[False] = False,
     return_density: Literal[False] = False,
-    max_num_blocks: int = 128,
+    slash_granularity: SlashGranularity = "line",
+    max_num_blocks: int | None = None,
+    max_num_columns: int | None = None,
+    tiles: TileConfig | None = None,
     **shared: Unpack[Shared],
 ) -> Array: ...
 @overload
@@ -142,7 +135,10 @@ def sparse_attention(
     *,
     return_lse: bool = False,
     return_density: bool = False,
-    max_num_blocks: int = 128,
+    slash_granularity: SlashGranularity = "line",
+    max_num_blocks: int | None = None,
+    max_num_columns: int | None = None,
+    tiles: TileConfig | None = None,
     **shared: Unpack[Shared],
 ) -> Array | tuple[Array, ...]: ...
 def sparse_attention(
@@ -156,8 +152,11 @@ def sparse_attention(
     q_offset: ArrayLike | None = None,
     return_lse: bool = False,
     return_density: bool = False,
-    max_num_blocks: int = 128,
+    slash_granularity: SlashGranularity = "line",
+    max_num_blocks: int | None = None,
+    max_num_columns: int | None = None,
     implementation: str | None = None,
+    tiles: TileConfig | None = None,
 ) -> Array | tuple[Array, ...]:
     """Causal attention in which every head computes only what its pattern keeps.
 
@@ -168,14 +167,19 @@ def sparse_attention(
       pattern: PatternArrays of int32 [N], one entry per query head, usable as a jit input; or one HeadPattern for
         all heads.
       return_density: also return float32 [B, N], each head's share of the work of dense attention, in tiles.
-      max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys per 64 queries; memory is
-        B * N * T / 64 * max_num_blocks integers. Heads that ask for more, and kinds and sizes that make no sense, are
-        refused; where they are traced and can't be read, the head's output is NaN.
+      slash_granularity: "line" = vertical-slash heads keep single distances, as published; "block" = they keep whole
+        block diagonals, aligned with the tiles: a far cheaper index, and never more tiles than "line".
+      max_num_blocks: static capacity of a block-sparse head's lists, in blocks; memory is B * N * T / 64 *
+        max_num_blocks integers. None = what the pattern needs, 128 where it is traced; 0 = no head is block-sparse.
+      max_num_columns: static capacity of a head's verticals or sinks, in tokens; GPU kernels copy so many keys and
+        values per head. None = what the pattern needs, S where it is traced. Heads that ask for more than a capacity,
+        and kinds and sizes that make no sense, are refused; where they are traced, the head's output is NaN.
       scale: multiplies the scores; None = 1 / sqrt(H).
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
-      implementation: "xla"; None = the first that can do the call.
+      implementation: "triton" or "xla"; None = the first that can do the call.
+      tiles: tile sizes; None = those that suit the device.
 
     Returns:
       out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
@@ -187,9 +191,13 @@ def sparse_attention(
     Source: arXiv 2407.02490 (MInference 1.0); heads, batches, chunks and lengths are handled together here.
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
-    arrays = _pattern_arrays(pattern, q.shape[2], max_num_blocks)
-    static = {"scale": scale, "max_num_blocks": max_num_blocks, "implementation": implementation}
-    out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
+    if slash_granularity not in get_args(SlashGranularity):
+        raise ValueError(f'{slash_granularity=} must be "line" or "block"')
+    arrays, capacities = check_pattern(pattern, q.shape[2], k.shape[1], max_num_blocks, max_num_columns)
+    static = {"scale": scale, "slash_granularity": slash_granularity, "capacities": capacities, "tiles": tiles}
+    static |= {"implementation": implementation, "device": device_of(q)}
+    with _sizes_in_memory_errors(q, k):
+        out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
     results = (out, *[lse] * return_lse, *[share] * return_density)
     return results if len(results) > 1 else out
 
@@ -248,72 +256,68 @@ def block_sparse_attention(
 
     Raises: as ``sparse_attention``.
     """
-    shared.setdefault("max_num_blocks", num_blocks)
     return sparse_attention(q, k, v, BlockSparse(num_blocks=num_blocks), **shared)
 
 
-def _pattern_arrays(pattern: PatternArrays | HeadPattern, num_heads: int, max_num_blocks: int) -> PatternArrays:
-    """Checks a pattern against the number of heads, and its sizes where they can be read."""
-    if max_num_blocks < 1:
-        raise ValueError(f"{max_num_blocks=} must be at least 1")
-    if not isinstance(pattern, PatternArrays):
-        pattern = PatternArrays(*(x[0] for x in uniform_patterns(1, num_heads, pattern).arrays()))
-    for name, x in pattern._asdict().items():
-        if jnp.shape(x) != (num_heads,) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            raise ValueError(
-                f"pattern.{name} is {_describe(x)}, it must be integers of shape ({num_heads},), one a head"
-            )
-    if not any(isinstance(x, jax.core.Tracer) for x in pattern):
-        known = PatternArrays(*map(np.asarray, pattern))
-        for head in np.flatnonzero(~_is_fit(known, max_num_blocks))[:1]:
-            given = ", ".join(f"{name}={x[head]}" for name, x in known._asdict().items())
-            raise ValueError(
-                f"head {head} of the pattern has {given}; it needs a code of PatternKind, positive sizes of that "
-                f"kind, at most {max_num_blocks=} blocks"
-            )
-    return PatternArrays(*(jnp.asarray(x, jnp.int32) for x in pattern))
+@functools.partial(jax.jit, static_argnames=("scale", "return_lse", "implementation", "device"))
+def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, device):
+    lengths = {"kv_len": _or_all(kv_len, q, k.shape[1]), "q_offset": _or_all(q_offset, q, 0)}
+
+    def run(entry: Implementation, tiles: TileConfig):
+        if not entry.whole_prompts_only:
+            out, lse = entry.dense(q, k, v, scale=scale, tiles=tiles, **lengths)
+            return (out, lse) if return_lse else out
+        if q_offset is not None or return_lse:
+            raise NotImplementedError("it takes no q_offset and gives no log-sum-exp")
+        return entry.dense(q, k, v, scale=scale, kv_len=kv_len)
+
+    return first_that_can(run, implementation, device, q)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
-def _dense(q, k, v, kv_len, q_offset, *, scale, implementation) -> tuple[Array, Array]:
-    return _run("dense", implementation, q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len)
+@functools.partial(
+    jax.jit, static_argnames=("scale", "slash_granularity", "capacities", "implementation", "device", "tiles")
+)
+def _sparse(
+    q, k, v, pattern, kv_len, q_offset, *, scale, slash_granularity, capacities, implementation, device, tiles
+) -> tuple[Array, ...]:
+    where = {"scale": scale, "kv_len": _or_all(kv_len, q, k.shape[1]), "q_offset": _or_all(q_offset, q, 0)}
+
+    def run(entry: Implementation, suitable: TileConfig):
+        if entry.sparse is None:
+            raise NotImplementedError("it has no sparse attention")
+        where["tiles"] = suitable if tiles is None else tiles
+        layout = build_layout(
+            q,
+            k,
+            pattern,
+            max_num_blocks=capacities.num_blocks,
+            max_num_columns=capacities.num_columns,
+            slash_granularity=slash_granularity,
+            kernels=entry.estimate,
+            **where,
+        )
+        windows = jnp.where(is_fit(pattern, capacities, k.shape[1]), layout.windows, -1)
+        out, lse = entry.sparse(q, k, v, layout._replace(windows=windows), **where)
+        return out, lse, density(layout, where["q_offset"], where["kv_len"], q.shape[1], where["tiles"])
+
+    return first_that_can(run, implementation, device, q)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "max_num_blocks", "implementation"))
-def _sparse(q, k, v, pattern, kv_len, q_offset, *, scale, max_num_blocks, implementation) -> tuple[Array, ...]:
-    tiles = TileConfig()
-    where = {"scale": scale, "kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
-    layout = build_layout(q, k, pattern, max_num_blocks=max_num_blocks, **where)
-    out, lse = _run("sparse", implementation, q, k, v, layout, **where)
-    out = jnp.where(_is_fit(pattern, max_num_blocks)[:, None], out, jnp.nan).astype(out.dtype)
-    return out, lse, density(layout, q_offset, kv_len, q.shape[1], tiles)
+def _or_all(value: Array | None, q: Array, default: int) -> Array:
+    return jnp.full(q.shape[:1], default, jnp.int32) if value is None else value
 
 
-def _is_fit(pattern: PatternArrays, max_num_blocks: int):
-    """Bool [N]: whether the kind and the sizes of each head can be honoured; works on numpy arrays and traced ones."""
-    kind, kinds = pattern.kind, PatternKind
-    return (
-        ((kind == kinds.VERTICAL_SLASH) & (pattern.vertical_size > 0) & (pattern.slash_size > 0))
-        | ((kind == kinds.A_SHAPE) & (pattern.sink_size > 0) & (pattern.window_size > 0))
-        | ((kind == kinds.BLOCK_SPARSE) & (pattern.num_blocks > 0) & (pattern.num_blocks <= max_num_blocks))
-        | (kind == kinds.DENSE)
-    )
-
-
-def _run(function: Literal["dense", "sparse"], implementation: str | None, *args, **kwargs) -> tuple[Array, Array]:
-    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
-    if implementation is not None:
-        for entry in IMPLEMENTATIONS:
-            if entry.name == implementation:
-                return getattr(entry, function)(*args, **kwargs)
-        raise ValueError(f"{implementation=} is not one of {[entry.name for entry in IMPLEMENTATIONS]}")
-    reasons = []
-    for entry in IMPLEMENTATIONS:
-        try:
-            return getattr(entry, function)(*args, **kwargs)
-        except NotImplementedError as error:
-            reasons.append(f"{entry.name}: {error}")
-    raise NotImplementedError("no implementation can do this call; " + "; ".join(reasons))
+@contextlib.contextmanager
+def _sizes_in_memory_errors(q: Array, k: Array) -> Iterator[None]:
+    """Says in one sentence what did not fit the device, where XLA gives pages of its own."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"attention of q {_describe(q)} to k and v {_describe(k)} needs more memory than the device has free"
+        ) from error
 
 
 @jax.custom_jvp
@@ -348,13 +352,15 @@ def _prepare(q, k, v, scale, kv_len, q_offset):
     if scale is not None and not (isinstance(scale, int | float | np.floating) and math.isfinite(scale)):
         raise ValueError(f"{scale=} must be a finite Python number")
     batch, size = k.shape[:2]
-    kv_len = _per_sequence("kv_len", size if kv_len is None else kv_len, batch, 0, size)
-    q_offset = _per_sequence("q_offset", 0 if q_offset is None else q_offset, batch, 0, FAR - q.shape[1])
+    kv_len = _per_sequence("kv_len", kv_len, batch, 0, size)
+    q_offset = _per_sequence("q_offset", q_offset, batch, 0, FAR - q.shape[1])
     q, k, v = (_forward_only(x) for x in (q, k, v))
     return q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), kv_len, q_offset
 
 
-def _per_sequence(name: str, value: ArrayLike, batch: int, low: int, high: int) -> Array:
+def _per_sequence(name: str, value: ArrayLike | None, batch: int, low: int, high: int) -> Array | None:
+    if value is None:
+        return None
     value = np.asarray(value) if isinstance(value, list | tuple) else value
     if jnp.shape(value) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"{name} is {_describe(value)}, it must be an integer or integers of shape ({batch},)")

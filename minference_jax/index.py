@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -9,6 +11,8 @@ from minference_jax import estimate
 from minference_jax.kernels.layouts import FAR, SparseLayout, compact, density, make_dense, slash_offsets
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import PatternArrays, PatternKind
+
+SlashGranularity = Literal["line", "block"]
 
 
 def build_layout(
@@ -21,6 +25,9 @@ def build_layout(
     q_offset: Array,
     tiles: TileConfig,
     max_num_blocks: int,
+    max_num_columns: int,
+    slash_granularity: SlashGranularity = "line",
+    kernels: estimate.EstimateKernels = estimate.XLA,
 ) -> SparseLayout:
     """Estimates what each head of a layer keeps and lays it out for the kernels, all heads at once.
 
@@ -33,65 +40,81 @@ def build_layout(
       scale: multiplies the scores.
       kv_len: int32 [B], valid keys. q_offset: int32 [B], absolute position of the first query.
       tiles: tile sizes of the kernel.
-      max_num_blocks: static capacity of a block-sparse head's lists; what a head keeps beyond it is lost.
+      max_num_blocks: static capacity of a block-sparse head's lists; what a head keeps beyond it is lost. 0 = no head
+        is block-sparse.
+      max_num_columns: static capacity of a head's columns (verticals, sinks); what a head keeps beyond it is lost.
+      slash_granularity: "line" or "block": single distances, or whole block diagonals of ``tiles.block_kv`` keys.
+      kernels: what estimation runs.
 
     Returns:
       SparseLayout of B sequences and N heads.
     """
-    batch, num_heads, size = q.shape[0], q.shape[2], k.shape[1]
     kv_len = jnp.minimum(kv_len, q_offset + q.shape[1])  # no query of this chunk sees further
-    kind = pattern.kind[:, None]
-    index = jnp.arange(size, dtype=jnp.int32)
-
-    def estimated():
-        return estimate.vertical_slash(
-            q,
-            k,
-            vertical_size=jnp.asarray(pattern.vertical_size),
-            slash_size=jnp.asarray(pattern.slash_size),
-            scale=scale,
-            q_offset=q_offset,
-            kv_len=kv_len,
+    verticals, slashes = _verticals_and_slashes(
+        q, k, pattern, scale, kv_len, q_offset, tiles.block_kv if slash_granularity == "block" else None, kernels
+    )
+    if slash_granularity == "block":  # the same algorithm, counted in blocks
+        offsets, offset_counts = slash_offsets(
+            slashes, TileConfig(block_q=tiles.block_q // tiles.block_kv, block_kv=1, num_warps=1)
         )
-
-    def nothing():
-        none = jnp.zeros((batch, num_heads, size), bool)
-        return estimate.VerticalSlashIndices(none, none)
-
-    chosen = lax.cond((kind == PatternKind.VERTICAL_SLASH).any(), estimated, nothing)
-    is_vertical_slash, is_a_shape = kind == PatternKind.VERTICAL_SLASH, kind == PatternKind.A_SHAPE
-    verticals = (chosen.verticals & is_vertical_slash) | ((index < pattern.sink_size[:, None]) & is_a_shape)
-    slashes = (chosen.slashes & is_vertical_slash) | ((index < pattern.window_size[:, None]) & is_a_shape)
-    slashes |= kind == PatternKind.DENSE
-    verticals &= index < kv_len[:, None, None]
-    slashes &= index < kv_len[:, None, None]
-    blocks = _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks)
-    offsets, offset_counts = slash_offsets(slashes, tiles)
+        offsets = jnp.where(offsets == -FAR, -FAR, offsets * tiles.block_kv)
+    else:
+        offsets, offset_counts = slash_offsets(slashes, tiles)
+    blocks = _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels)
     windows = jnp.where(pattern.kind == PatternKind.A_SHAPE, pattern.window_size, FAR).astype(jnp.int32)
+    column_counts = jnp.minimum(verticals.sum(axis=-1, dtype=jnp.int32), max_num_columns)
     layout = SparseLayout(
         offsets=offsets,
         offset_counts=offset_counts,
-        columns=compact(verticals, size),
-        column_counts=verticals.sum(axis=-1, dtype=jnp.int32),
-        windows=jnp.broadcast_to(windows, (batch, num_heads)),
+        columns=compact(verticals, min(max_num_columns, k.shape[1])),
+        column_counts=column_counts,
+        windows=jnp.broadcast_to(windows, column_counts.shape),
         block_ids=blocks.block_ids,
         block_counts=blocks.block_counts,
     )
     # Scattered slashes on a short prompt can cost more tiles than dense: then dense is both cheaper and exact.
     costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1
-    return make_dense(layout, costs_dense & is_vertical_slash[:, 0], size, tiles)
+    return make_dense(layout, costs_dense & (pattern.kind == PatternKind.VERTICAL_SLASH), k.shape[1], tiles)
 
 
-def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks) -> estimate.BlockSparseIndices:
+def _verticals_and_slashes(q, k, pattern, scale, kv_len, q_offset, slash_block, kernels) -> tuple[Array, Array]:
+    """The keys and the distances, or block diagonals, of all heads but the block-sparse: bool [B, N, ...] each."""
+    batch, num_heads, size = q.shape[0], q.shape[2], k.shape[1]
+    kind = pattern.kind[:, None]
+    is_vertical_slash, is_a_shape = kind == PatternKind.VERTICAL_SLASH, kind == PatternKind.A_SHAPE
+    num_slashes = size if slash_block is None else estimate.num_diagonals(size, slash_block)
+
+    def estimated():
+        sizes = {"vertical_size": pattern.vertical_size, "slash_size": pattern.slash_size}
+        where = {"scale": scale, "q_offset": q_offset, "kv_len": kv_len, "slash_block": slash_block}
+        return estimate.vertical_slash(q, k, **sizes, **where, kernels=kernels)
+
+    def nothing():
+        none = (jnp.zeros((batch, num_heads, n), bool) for n in (size, num_slashes))
+        return estimate.VerticalSlashIndices(*none)
+
+    chosen = lax.cond(is_vertical_slash.any(), estimated, nothing)
+    key, slash = (jnp.arange(n, dtype=jnp.int32) for n in (size, num_slashes))
+    verticals = (chosen.verticals & is_vertical_slash) | ((key < pattern.sink_size[:, None]) & is_a_shape)
+    window = pattern.window_size[:, None]
+    window = window if slash_block is None else estimate.blocks_of(window, slash_block)
+    slashes = (chosen.slashes & is_vertical_slash) | ((slash < window) & is_a_shape) | (kind == PatternKind.DENSE)
+    reach = slash if slash_block is None else (slash - 1) * slash_block
+    return verticals & (key < kv_len[:, None, None]), slashes & (reach < kv_len[:, None, None])
+
+
+def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels) -> estimate.BlockSparseIndices:
     batch, q_len, num_heads, _ = q.shape
+    if max_num_blocks == 0:
+        shape = (batch, num_heads, -(-q_len // tiles.block_q))
+        return estimate.BlockSparseIndices(jnp.zeros((*shape, 0), jnp.int32), jnp.zeros(shape, jnp.int32))
     own = tiles.block_q // tiles.block_kv + 1  # blocks that hold a tile's own positions, kept whatever was asked for
     capacity = min(max(max_num_blocks, own), -(-k.shape[1] // tiles.block_kv))
     is_block_sparse = pattern.kind == PatternKind.BLOCK_SPARSE
 
     def estimated():
-        found = estimate.block_sparse(
-            q, k, num_blocks=pattern.num_blocks, capacity=capacity, q_offset=q_offset, kv_len=kv_len, tiles=tiles
-        )
+        where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "kernels": kernels}
+        found = estimate.block_sparse(q, k, num_blocks=pattern.num_blocks, capacity=capacity, **where)
         return found._replace(block_counts=jnp.where(is_block_sparse[:, None], found.block_counts, 0))
 
     def nothing():

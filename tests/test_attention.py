@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import interpreted_triton
 from tolerances import LSE, kernel_bound
 
-from minference_jax import attention
+from minference_jax import attention, implementations
 from minference_jax.index import build_layout
 from minference_jax.kernels import reference
 from minference_jax.kernels.layouts import layout_mask
@@ -23,7 +24,15 @@ MIXED = (
     BlockSparse(num_blocks=3),
     Dense(),
 )
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [entry.name for entry in attention.IMPLEMENTATIONS])
+INTERPRETED = interpreted_triton()
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["xla", INTERPRETED.name, pytest.param("triton", marks=pytest.mark.gpu)]
+)
+
+
+@pytest.fixture(autouse=True)
+def _with_interpreted_triton(monkeypatch):
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", (*implementations.IMPLEMENTATIONS, INTERPRETED))
 
 
 def make(T=200, S=None, B=1, N=4, K=2, H=16, dtype="float32", seed=0):
@@ -44,7 +53,8 @@ def per_sequence(value, batch):
 @functools.partial(jax.jit, static_argnames="tiles")
 def kept_pairs(q, k, pattern, kv_len, q_offset, tiles=TileConfig()):  # noqa: B008
     where = {"kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
-    layout = build_layout(q, k, pattern, scale=q.shape[-1] ** -0.5, max_num_blocks=128, **where)
+    capacities = {"max_num_blocks": 128, "max_num_columns": k.shape[1]}
+    layout = build_layout(q, k, pattern, scale=q.shape[-1] ** -0.5, **capacities, **where)
     return layout_mask(layout, q_offset, kv_len, q.shape[1], k.shape[1], tiles)
 
 
@@ -243,13 +253,13 @@ def test_named_implementation_never_falls_back(monkeypatch):
     def decline(*args, **kwargs):
         raise NotImplementedError("not on this machine")
 
-    entries = (attention.Implementation("other", decline, decline), *attention.IMPLEMENTATIONS)
-    monkeypatch.setattr(attention, "IMPLEMENTATIONS", entries)
+    entries = (implementations.Implementation("other", decline, decline, decline), *implementations.IMPLEMENTATIONS)
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", entries)
     q, k, v = make(T=33)
     assert attention.dense_attention(q, k, v).shape == q.shape  # None takes the next one
     with pytest.raises(NotImplementedError, match="not on this machine"):
         attention.dense_attention(q, k, v, implementation="other")
-    monkeypatch.setattr(attention, "IMPLEMENTATIONS", entries[:1])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", entries[:1])
     with pytest.raises(NotImplementedError, match="other: not on this machine"):
         attention.dense_attention(*make(T=34))
 

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from minference_jax import estimate
+from minference_jax.kernels.mass_xla import attention_mass
+from minference_jax.kernels.select_xla import top_k_mask
 from minference_jax.kernels.tiles import TileConfig
 
 N, K, H = 4, 2, 16
@@ -36,9 +38,8 @@ def brute_force_scores(q, k, q_offset, length):
 )
 def test_scores_equal_brute_force_sums_over_keys_and_diagonals(length, capacity, q_offset):
     q, k = random_qk(capacity, q_len=capacity - q_offset)
-    found = estimate.vertical_slash_scores(
-        jnp.asarray(q), jnp.asarray(k), scale=H**-0.5, q_offset=jnp.array([q_offset]), kv_len=jnp.array([length])
-    )
+    rows, positions = estimate.last_queries(jnp.asarray(q), jnp.array([q_offset]), jnp.array([length]))
+    found = attention_mass(rows, jnp.asarray(k), positions, scale=H**-0.5)
     for got, expected in zip(found, brute_force_scores(q, k, q_offset, length), strict=True):
         np.testing.assert_allclose(np.asarray(got)[0], expected, atol=2e-5)
 
@@ -92,7 +93,7 @@ def test_sizes_above_the_length_keep_every_valid_key_and_no_other(length):
     k=st.tuples(st.integers(0, 23), st.integers(0, 23)),
 )
 def test_top_k_mask_marks_the_k_largest_and_of_equals_the_first(scores, k):
-    got = np.asarray(estimate.top_k_mask(jnp.asarray(scores), jnp.asarray(k)))
+    got = np.asarray(top_k_mask(jnp.asarray(scores), jnp.asarray(k)))
     for row, values, size in zip(got, scores, k, strict=True):
         assert set(np.flatnonzero(row)) == set(np.argsort(-values, kind="stable")[:size].tolist())
 

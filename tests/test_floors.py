@@ -9,11 +9,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"minference_jax": "minference_jax", "kernels": "minference_jax.kernels", "convert": "minference_jax.convert"}
 FLOORS = {"cli": 6, "bench": 6, "loading": 5, "generate": 4, "convert": 4, "models": 3}
-FLOORS |= {"attention": 2, "index": 2, "estimate": 2, "patterns": 1, "cache": 1, "kernels": 0}
+FLOORS |= {
+    "attention": 2,
+    "capacities": 2,
+    "implementations": 2,
+    "index": 2,
+    "estimate": 2,
+    "patterns": 1,
+    "cache": 1,
+    "kernels": 0,
+}
 SIBLINGS = {
     ("cli", "bench"),
+    ("attention", "capacities"),
+    ("attention", "implementations"),
     ("attention", "index"),
-    ("attention", "estimate"),
+    ("capacities", "estimate"),
+    ("implementations", "estimate"),
     ("index", "estimate"),
 }  # within one floor
 TALK = {"os.environ", "os.environb", "os.getenv", "os.putenv", "sys.argv", "sys.stdin", "sys.stdout", "sys.stderr"}

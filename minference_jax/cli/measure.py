@@ -14,10 +14,10 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from minference_jax.attention import IMPLEMENTATIONS
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.generate.streaming import decode_text
+from minference_jax.implementations import IMPLEMENTATIONS
 from minference_jax.patterns import HeadPattern
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax reports it when a program is compiled

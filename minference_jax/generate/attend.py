@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minference_jax.attention import dense_attention, sparse_attention
+from minference_jax.capacities import Capacities, capacities_for
+from minference_jax.index import SlashGranularity
 from minference_jax.models import Attend
 from minference_jax.patterns import (
     AShape,
@@ -25,19 +27,16 @@ _UNIFORM: dict[str, type[AShape] | type[VerticalSlash] | type[BlockSparse]] = {
 ATTENTION_NAMES = ("minference", "dense", *_UNIFORM)
 """What `attention` may be: the model's own patterns, exact attention, or one pattern for every head."""
 
-_MIN_BLOCK_CAPACITY = 128  # blocks a block-sparse head may keep before another program is compiled for more
-
 
 @dataclass(frozen=True, kw_only=True)
 class DenseAttend:
-    """Exact attention by a chosen implementation; an `Attend`. Equal ones share compiled programs."""
+    """Exact attention of a whole prompt, an `Attend`. Equal ones share compiled programs."""
 
     implementation: str | None
 
     def __call__(self, q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[Any, None]:
-        implementation = self.implementation
-        out = dense_attention(q, k, v, scale=scale, q_offset=q_offset, kv_len=kv_len, implementation=implementation)
-        return out, None
+        # A prefill starts at position 0, which q_offset, as an array, does not tell.
+        return dense_attention(q, k, v, scale=scale, kv_len=kv_len, implementation=self.implementation), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,8 @@ class SparseAttend:
     """Each head by its own pattern; an `Attend` whose layer input is PatternArrays [N]. Also gives density [B, N]."""
 
     implementation: str | None
-    max_num_blocks: int
+    slash_granularity: SlashGranularity
+    capacities: Capacities
 
     def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> Any:
         return sparse_attention(
@@ -57,7 +57,9 @@ class SparseAttend:
             q_offset=q_offset,
             kv_len=kv_len,
             return_density=True,
-            max_num_blocks=self.max_num_blocks,
+            slash_granularity=self.slash_granularity,
+            max_num_blocks=self.capacities.num_blocks,
+            max_num_columns=self.capacities.num_columns,
             implementation=self.implementation,
         )
 
@@ -67,6 +69,7 @@ def choose_attend(
     pattern: HeadPattern | ModelPatterns | None,
     *,
     patterns: ModelPatterns,
+    slash_granularity: SlashGranularity,
     implementation: str | None,
 ) -> tuple[Attend, PatternArrays | None]:
     """How to attend, static and hashable, and the pattern arrays [L, N] that go in as data.
@@ -75,6 +78,7 @@ def choose_attend(
         attention: one of `ATTENTION_NAMES`.
         pattern: sizes of a uniform pattern; for "minference", other patterns than the model's; None for "dense".
         patterns: the model's own.
+        slash_granularity: "line" or "block", as in `sparse_attention`.
         implementation: of the attention; None = the first that can.
 
     Raises:
@@ -97,5 +101,6 @@ def choose_attend(
         if not isinstance(pattern, kind):
             raise ValueError(f"{attention=} needs pattern={kind.__name__}(...) with its sizes, got {pattern!r}")
         patterns = uniform_patterns(*shape, pattern)
-    capacity = max(_MIN_BLOCK_CAPACITY, 1 << (patterns.max_num_blocks - 1).bit_length())
-    return SparseAttend(implementation=implementation, max_num_blocks=capacity), patterns.arrays()
+    capacities = capacities_for(patterns.max_num_blocks, patterns.max_num_columns)
+    attend = SparseAttend(implementation=implementation, slash_granularity=slash_granularity, capacities=capacities)
+    return attend, patterns.arrays()

@@ -16,6 +16,7 @@ from minference_jax.generate.attend import choose_attend
 from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.generate.sampling import Sampling, choose
 from minference_jax.generate.streaming import TextPieces, decode_text
+from minference_jax.index import SlashGranularity
 from minference_jax.models import Attend, Llama
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 
@@ -115,6 +116,7 @@ class LanguageModel:
         *,
         attention: str = "minference",
         pattern: HeadPattern | ModelPatterns | None = None,
+        slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
     ) -> PrefillResult:
         """Reads prompts, all at once. One program is compiled per batch size, bucket of lengths and kind of attention.
@@ -124,6 +126,8 @@ class LanguageModel:
             attention: "minference" (every head by its pattern), "dense", or one pattern for every head: "a_shape",
                 "vertical_slash", "block_sparse".
             pattern: the sizes of that one pattern; for "minference" the patterns to use, None = the model's.
+            slash_granularity: what vertical-slash heads keep: "line", single distances as published, or "block", whole
+                block diagonals.
             implementation: of the attention; None = the first that can do the call.
 
         Raises:
@@ -132,7 +136,13 @@ class LanguageModel:
             NotImplementedError: the named implementation can't do the call.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, implementation=implementation)
+        attend, arrays = choose_attend(
+            attention,
+            pattern,
+            patterns=self.patterns,
+            slash_granularity=slash_granularity,
+            implementation=implementation,
+        )
         return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
 
     def decode(
@@ -226,6 +236,7 @@ class LanguageModel:
         *,
         attention: str = "minference",
         pattern: HeadPattern | ModelPatterns | None = None,
+        slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
         **options: Any,
     ) -> list[Completion]:
@@ -233,7 +244,7 @@ class LanguageModel:
 
         Args:
             prompts: one or several, each a text (encoded as by `encode`) or token ids.
-            attention, pattern, implementation: as in `prefill`.
+            attention, pattern, slash_granularity, implementation: as in `prefill`.
             options: of `complete`: max_new_tokens, temperature, top_p, key, stop_tokens.
 
         Raises:
@@ -247,7 +258,8 @@ class LanguageModel:
             if "" in tokens:
                 raise ValueError(f"prompt {tokens.index('')} is empty")
             tokens = [self.encode(text) for text in tokens]
-        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, implementation=implementation)
+        how = {"slash_granularity": slash_granularity, "implementation": implementation}
+        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)
         return self.complete(prefilled, **options)
 
     def _completion(self, tokens: list[int], stopped: bool) -> Completion:

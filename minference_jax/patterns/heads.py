@@ -175,6 +175,13 @@ class ModelPatterns:
         """The largest num_blocks of any block-sparse head (blocks), 0 if there is none."""
         return max((h.num_blocks for layer in self.layers for h in layer if isinstance(h, BlockSparse)), default=0)
 
+    @property
+    def max_num_columns(self) -> int:
+        """The most verticals or sinks that any head asks for (tokens), 0 if none asks for any."""
+        sizes = self.arrays()
+        verticals = np.where(sizes.kind == PatternKind.VERTICAL_SLASH, sizes.vertical_size, 0)
+        return int(np.maximum(verticals, np.where(sizes.kind == PatternKind.A_SHAPE, sizes.sink_size, 0)).max())
+
     def arrays(self) -> PatternArrays:
         """Give the patterns as numpy int32 arrays [L, N], to hand to a jitted function."""
         sizes = {name: np.zeros((self.num_layers, self.num_heads), np.int32) for name in PatternArrays._fields}

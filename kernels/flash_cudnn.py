@@ -1,0 +1,45 @@
+"""Dense causal attention by cuDNN, through JAX: NVIDIA GPUs, half precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from minference_jax.kernels.tiles import Device, TileConfig
+
+
+def check_device(device: Device, head_dim: int, itemsize: int) -> TileConfig:
+    """Tiles that nothing reads, where cuDNN can do the call.
+
+    Raises:
+      NotImplementedError: it can't.
+    """
+    if device.compute_capability is None or device.compute_capability < (8, 0):
+        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
+    widest = 256 if device.compute_capability >= (9, 0) else 128
+    if itemsize != 2 or head_dim % 8 or head_dim > widest:
+        raise NotImplementedError(
+            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 up to {widest}, not {head_dim}"
+        )
+    return TileConfig()
+
+
+def attention(q: Array, k: Array, v: Array, *, scale: float, kv_len: Array | None) -> Array:
+    """Causal attention of queries that start at position 0.
+
+    Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H], N a multiple of K; bfloat16 or float16.
+      scale: multiplies the scores.
+      kv_len: int32 [B], valid keys, rows from there on are padding; None = S.
+
+    Returns:
+      out [B, T, N, H] in q's dtype; padding gives zeros.
+    """
+    lengths = {}
+    if kv_len is not None:
+        lengths = {"query_seq_lengths": jnp.minimum(kv_len, q.shape[1]), "key_value_seq_lengths": kv_len}
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn", **lengths)
+    if kv_len is None:
+        return out
+    return jnp.where((jnp.arange(q.shape[1]) < kv_len[:, None])[:, :, None, None], out, 0)

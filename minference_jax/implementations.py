@@ -1,0 +1,78 @@
+"""The implementations of attention, and which of them can do a call where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from minference_jax import estimate
+from minference_jax.kernels import flash_cudnn, flash_xla, mass_triton, select_triton, sparse_triton, sparse_xla
+from minference_jax.kernels.tiles import Device, TileConfig, triton_tiles, xla_tiles
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+      name: what ``implementation`` calls it.
+      tiles: (device, head_dim, bytes of an element) -> TileConfig; raises NotImplementedError where it can't run.
+      dense: (q, k, v, *, scale, q_offset, kv_len, tiles) -> (out, lse).
+      sparse: (q, k, v, layout, *, scale, q_offset, kv_len, tiles) -> (out, lse); None = it has none.
+      estimate: what estimation runs beside ``sparse``.
+      whole_prompts_only: ``dense`` is (q, k, v, *, scale, kv_len) -> out, for queries that start at position 0.
+      min_q_len: with fewer queries it is slower than the others, and tried by its name only.
+    """
+
+    name: str
+    tiles: Callable[[Device, int, int], TileConfig]
+    dense: Callable[..., Any]
+    sparse: Callable[..., tuple[Array, Array]] | None
+    estimate: estimate.EstimateKernels = estimate.XLA
+    whole_prompts_only: bool = False
+    min_q_len: int = 1
+
+
+TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
+IMPLEMENTATIONS = (
+    Implementation("cudnn", flash_cudnn.check_device, flash_cudnn.attention, None, whole_prompts_only=True),
+    Implementation("triton", triton_tiles, sparse_triton.dense, sparse_triton.attention, TRITON_ESTIMATE, min_q_len=16),
+    Implementation("xla", xla_tiles, flash_xla.attention, sparse_xla.attention),
+)
+"""In the order in which ``implementation=None`` tries them."""
+
+
+def first_that_can(run: Callable[[Implementation, TileConfig], Any], name: str | None, device: Device, q: Array) -> Any:
+    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
+    entries = [
+        entry for entry in IMPLEMENTATIONS if name == entry.name or (name is None and q.shape[1] >= entry.min_q_len)
+    ]
+    if not entries:
+        raise ValueError(f"implementation={name!r} is not one of {[entry.name for entry in IMPLEMENTATIONS]}")
+    reasons = []
+    for entry in entries:
+        try:
+            return run(entry, entry.tiles(device, q.shape[3], q.dtype.itemsize))
+        except NotImplementedError as error:
+            reasons.append(f"{entry.name}: {error}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+def device_of(*arrays: Any) -> Device:
+    """Where a computation on these arrays runs: where the first is, or on jax's default device where all are traced."""
+    known = [x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    default = jax.config.jax_default_device
+    if known:
+        device = min(known[0].devices(), key=lambda device: device.id)
+    elif isinstance(default, str):
+        device = jax.devices(default)[0]
+    else:
+        device = default or jax.devices()[0]
+    if device.platform != "gpu":
+        return Device(platform=device.platform, kind=device.device_kind)
+    if "cuda" not in device.client.platform_version.lower():
+        return Device(platform="rocm", kind=device.device_kind)
+    major, minor = str(device.compute_capability).split(".")
+    return Device(platform="cuda", kind=device.device_kind, compute_capability=(int(major), int(minor)))

@@ -1,0 +1,255 @@
+"""Compiles jitted functions that hold Pallas kernels (Triton) for NVIDIA GPUs on a machine that need not have one.
+
+It shows that a kernel lowers and compiles, the registers it takes, what it spills, its shared memory and whether it has
+wgmma instructions; not that it is right, nor how fast. It needs the packages of the ``compiler`` extra and no driver.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """Something to compile.
+
+    Attributes:
+        name: what its report is found by.
+        function: of arrays alone; bind everything else with functools.partial.
+        arguments: pytrees of jax.ShapeDtypeStruct, one for each argument.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Report(NamedTuple):
+    """What the compilers say of the Pallas kernels of a function; XLA's own kernels are left out.
+
+    Attributes:
+        name: of the case.
+        registers: per thread, of the kernel that takes most; at most 255.
+        spill_bytes: stores and loads of registers to memory, the code's and not the run's, of all kernels together.
+        shared_bytes: shared memory of a program, of the kernel that takes most.
+        wgmma: whether a kernel uses Hopper's warpgroup matrix products.
+        error: why there is nothing of the above, or None.
+    """
+
+    name: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    wgmma: bool = False
+    error: str | None = None
+
+
+class Card(NamedTuple):
+    """A GPU as XLA's compiler must know it. Sizes are in bytes; shared memory is that of a program, and of a core."""
+
+    name: str
+    capability: str
+    shared_memory_limit: int
+    shared_memory: int
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    memory: int
+    bandwidth: int
+    l2_cache: int
+
+
+CARDS = {
+    "a100": Card(
+        name="NVIDIA A100-SXM4-80GB",
+        capability="8.0",
+        shared_memory_limit=166912,
+        shared_memory=167936,
+        cores=108,
+        fpus_per_core=64,
+        clock_ghz=1.41,
+        memory=85100068864,
+        bandwidth=2039040000000,
+        l2_cache=41943040,
+    ),
+    "h100": Card(
+        name="NVIDIA H100 80GB HBM3",
+        capability="9.0a",
+        shared_memory_limit=232448,
+        shared_memory=233472,
+        cores=132,
+        fpus_per_core=128,
+        clock_ghz=1.98,
+        memory=84942979072,
+        bandwidth=3352320000000,
+        l2_cache=52428800,
+    ),
+}
+
+PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-nvjitlink")
+SECONDS = 900
+_MARK = "report: "
+
+
+def available() -> str | None:
+    """Says why compile_cases can't work in this environment, or None where it can."""
+    versions = {}
+    for package in ("jaxlib", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"no GPU compiler: {package} is not installed, see the compiler extra"
+    for package in PACKAGES[:2]:
+        if versions[package] != versions["jaxlib"]:
+            return f"no GPU compiler: {package} {versions[package]} is not for jaxlib {versions['jaxlib']}"
+    return None
+
+
+def compile_cases(kind: str, path: str, variable: str = "CASES") -> dict[str, Report]:
+    """Compiles cases for a card, in a Python of its own: XLA reads once where to dump and which platforms there are.
+
+    A case that does not lower or compile has its error in its report.
+
+    Args:
+        kind: key of CARDS.
+        path: file of Python code with the cases. That other Python runs it too, in order to have them.
+        variable: name of a global of that file, an iterable of Case.
+
+    Raises:
+        RuntimeError: the other Python failed, as when the compiler crashes; it says at which case.
+        subprocess.TimeoutExpired: there was no end after SECONDS; too large a tile can take hours.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-P", __file__, kind, str(Path(path).resolve()), variable],
+            cwd=folder,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SECONDS,
+        )
+    if done.returncode:
+        raise RuntimeError(f"compiling {variable} of {path} for {kind}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    lines = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    return {report.name: report for report in (Report(**json.loads(line)) for line in lines)}
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "CUDA_"))}
+    kept["JAX_PLATFORMS"] = "cpu"  # else the plugin looks for cuDNN, and withdraws where there is none
+    # Launches, HLO and, in 0.10.2, PTX are dumped anyway. 0.12.0 dumps PTX only when asked for it by this name; to ask
+    # for everything (.*) costs ten seconds and tens of MB a kernel. The folder is relative: XLA splits at spaces.
+    kept["XLA_FLAGS"] = "--xla_dump_to=. --xla_dump_emitter_re=ptx"
+    kept["PYTHONPATH"] = str(Path(__file__).parent)
+    return kept
+
+
+def _target(card: Card) -> str:
+    """Gives the card in the text form of XLA's GpuTargetConfigProto."""
+    major, minor = card.capability[0], card.capability[2]
+    extension = "ACCELERATED_FEATURES" if card.capability.endswith("a") else "NONE"
+    return f"""
+platform_name: "CUDA"
+device_description_str: "{card.name}"
+dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+gpu_device_info {{
+  name: "{card.name}"
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability {card.capability}"
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+  core_count: {card.cores} fpus_per_core: {card.fpus_per_core} clock_rate_ghz: {card.clock_ghz}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: {card.shared_memory} shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {card.shared_memory_limit}
+  device_memory_size: {card.memory} memory_bandwidth: {card.bandwidth} l2_cache_size: {card.l2_cache}
+}}
+"""
+
+
+def _compile(kind: str, case: Case) -> None:
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_target(CARDS[kind]), topology="1x1x1")
+    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("one",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from 0.11 on the Triton lowering takes the card from it
+        jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+
+
+def _report(name: str, folder: Path) -> Report:
+    """Reads what XLA dumped: the parts that jax 0.10.2, 0.11.2 and 0.12.0 write alike.
+
+    The HLO names the Pallas kernels. The shared memory of a Triton kernel is dynamic: it is in the launch and not in
+    the PTX. Registers and spills are those of ptxas on the PTX. In 0.10.2 XLA runs the same ptxas with no option that
+    matters; 0.12.0 goes through nvJitLink, which is ptxas as a library.
+    """
+    hlo = "".join(path.read_text() for path in folder.glob("*gpu_after_optimizations.txt"))
+    names = re.findall(r'custom_call_target="__gpu\$xla\.gpu\.triton".* name = "(\w+)"', hlo)
+    ours = re.compile(rf"({'|'.join(names)})(__\d+)?").fullmatch  # a second kernel of one name has a number after it
+    launches = "".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    shared = {
+        kernel: int(size)
+        for kernel, size in re.findall(r" (\w+) grid: .* shared_memory: (\d+) bytes", launches)
+        if ours(kernel)
+    }
+    if not shared:
+        raise RuntimeError("it launches no Pallas kernel that is lowered through Triton")
+    registers, spills, wgmma = {}, 0, False
+    for path in folder.glob("*.ptx"):
+        ptx = path.read_text()
+        (kernel,) = re.findall(r"\.entry (\w+)", ptx) or [""]  # each has a file of its own; one is empty
+        if ours(kernel):
+            said = _ptxas(path, re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1])
+            registers[kernel] = int(re.search(r"Used (\d+) registers", said)[1])
+            spills += sum(int(size) for size in re.findall(r"(\d+) bytes spill", said))
+            wgmma |= "wgmma.mma_async" in ptx
+    if registers.keys() != shared.keys():
+        raise RuntimeError(f"it launches {sorted(shared)} and has PTX of {sorted(registers)}")
+    return Report(name, max(registers.values()), spills, max(shared.values()), wgmma)
+
+
+def _ptxas(path: Path, architecture: str) -> str:
+    """Gives what ptxas -v says of a file."""
+    home = Path(importlib.util.find_spec("nvidia.cu13").submodule_search_locations[0])
+    command = [home / "bin" / "ptxas", "-v", f"-arch={architecture}", "-o", os.devnull, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _main(kind: str, path: str, variable: str) -> None:
+    folder = Path.cwd()
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cases = list(getattr(module, variable))
+    if len({case.name for case in cases}) < len(cases):
+        raise ValueError(f"two cases of one name: {[case.name for case in cases]}")
+    for case in cases:
+        print(f"compiling {case.name}", file=sys.stderr, flush=True)
+        for file in folder.iterdir():
+            file.unlink()
+        try:
+            _compile(kind, case)
+            report = _report(case.name, folder)
+        except Exception as error:  # whatever it is, it belongs in the report
+            report = Report(case.name, error=f"{type(error).__name__}: {error}")
+        print(_MARK + json.dumps(report._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
