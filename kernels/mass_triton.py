@@ -20,7 +20,7 @@ from minference_jax.kernels.sparse_triton import dot, head_parts
 SCORE_BYTES = 1 << 30
 """Most memory for scores at a time; with more, groups of KV heads go one after another."""
 _STRETCH = 1024  # keys per program of the first kernel
-_WIDTH = 128  # keys per step of it
+_WIDTH = {2: 128, 4: 16}  # keys per step of it, by bytes of an element
 _SUM_WIDTH = 512  # keys, and distances, per program of the second kernel
 
 
@@ -85,7 +85,7 @@ def _scores(q: Array, k: Array, positions: Array, scale: float, interpret: bool)
             statistics,
             statistics,
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=pltriton.CompilerParams(num_warps=2 * k.dtype.itemsize, num_stages=2),
         interpret=interpret,
         name="last_query_scores",
     )(q, k, positions)
@@ -98,24 +98,25 @@ def _scores_kernel(q_ref, k_ref, positions_ref, scores_ref, top_ref, total_ref, 
     """One stretch of keys of one head."""
     num_queries, size = scores_ref.shape
     parts = head_parts(q_ref.shape[1])
+    width = _WIDTH[k_ref.dtype.itemsize]
     q = [q_ref[:, part] for part in parts]
     position = positions_ref[...]
     first = pl.program_id(0) * _STRETCH
 
     def step(i, statistics):
         top, total = statistics
-        at = first + i * _WIDTH
-        key = at + jnp.arange(_WIDTH)
+        at = first + i * width
+        key = at + jnp.arange(width)
         load = functools.partial(pltriton.load, mask=(key < size)[:, None], other=0.0)
-        k = [load(k_ref.at[pl.ds(at, _WIDTH), part]) for part in parts]
+        k = [load(k_ref.at[pl.ds(at, width), part]) for part in parts]
         scores = sum(dot(rows, part.T) for rows, part in zip(q, k, strict=True)) * (scale * math.log2(math.e))
         scores = jnp.where((key <= position[:, None]) & (key < size), scores, -jnp.inf)
-        pltriton.store(scores_ref.at[:, pl.ds(at, _WIDTH)], scores, mask=jnp.broadcast_to(key < size, scores.shape))
+        pltriton.store(scores_ref.at[:, pl.ds(at, width)], scores, mask=jnp.broadcast_to(key < size, scores.shape))
         best = jnp.maximum(top, jnp.max(scores, axis=1))
         return best, total * jnp.exp2(top - best) + jnp.sum(jnp.exp2(scores - best[:, None]), axis=1)
 
     start = jnp.full((num_queries,), jnp.finfo(jnp.float32).min / 2), jnp.zeros((num_queries,), jnp.float32)
-    steps = jnp.minimum(_STRETCH // _WIDTH, (size - first + _WIDTH - 1) // _WIDTH)
+    steps = jnp.minimum(_STRETCH // width, (size - first + width - 1) // width)
     top_ref[...], total_ref[...] = lax.fori_loop(0, steps, step, start)
 
 

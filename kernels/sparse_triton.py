@@ -305,7 +305,7 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
     is_real = (row < kv_len) & (acc.total > 0)
     total = jnp.where(is_real, acc.total, 1.0)
     is_real &= window >= 0
-    nothing = jnp.where(window >= 0, 0.0, jnp.nan)
+    nothing = jnp.sqrt(jnp.minimum(window, 0).astype(jnp.float32))  # NaN where the window says so, else 0
     at = pl.ds(tile * block_q, block_q)
     for out, part in zip(acc.out, parts, strict=True):
         out = jnp.where(is_real[:, None], out / total[:, None], nothing).astype(out_ref.dtype)

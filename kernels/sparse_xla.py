@@ -187,7 +187,7 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
             return jnp.concatenate([_take(x, at + origin + block_kv, block_kv) for at in starts])
 
         # A loop of its own, of several steps: fused into the scores, the bounds would be computed once for every score.
-        first, end = lax.map(bounds, [x.reshape(4, -1) for x in (starts, low, high)])
+        first, end = lax.map(bounds, [x.reshape(min(4, size), -1) for x in (starts, low, high)])
         return softmax.update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
 
     def add_shared(acc, q, origin, steps):

@@ -66,18 +66,36 @@ def shared_memory_bytes(tiles: TileConfig, head_dim: int, itemsize: int) -> int:
     return rows * head_dim * itemsize + 1024
 
 
+def check_shared_memory(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
+    """Refuses tiles that an NVIDIA GPU has no room for, before its compiler does.
+
+    Raises:
+      ValueError: they need more shared memory than the device has.
+    """
+    needed = shared_memory_bytes(tiles, head_dim, itemsize)
+    if device.compute_capability is not None and needed > device.shared_memory:
+        raise ValueError(
+            f"{tiles} needs {needed} bytes of shared memory at {head_dim=}, {device.kind} has {device.shared_memory}"
+        )
+
+
 def xla_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     """The tiles of the pure JAX kernels, the same on every device."""
     return TileConfig()
 
 
-TRITON_CANDIDATES = tuple(
-    TileConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
-    for block_q, block_kv, num_warps in ((64, 64, 4), (64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4))
-    for num_stages in (2, 1)
-)
-"""Tiles of the Triton kernel, the preferred ones first. 64 by 64 tiles keep least of scattered slashes: on an H100 they
-beat 128 by 64, which run at a higher rate, on every vertical-slash case of the bench."""
+def _tiles(block_q: int, block_kv: int, num_warps: int, num_stages: int) -> TileConfig:
+    return TileConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+
+
+TRITON_TILES = {
+    2: ((128, _tiles(64, 64, 4, 2)), (256, _tiles(64, 64, 8, 2)), (256, _tiles(64, 32, 8, 2))),
+    4: ((64, _tiles(32, 32, 4, 2)), (128, _tiles(32, 16, 4, 2)), (256, _tiles(32, 16, 8, 2))),
+}
+"""Tiles of the Triton kernel by bytes of an element, each up to a head_dim: none of them spills registers.
+
+Tiles of 64 queries keep least of scattered slashes: on an H100 they beat 128 by 64, which run at a higher rate.
+"""
 
 
 def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
@@ -88,20 +106,12 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
       head_dim: H.
       itemsize: bytes of one element of q, k and v.
 
-    Returns:
-      The first of ``TRITON_CANDIDATES`` whose shared memory and registers suffice.
-
     Raises:
-      NotImplementedError: the device is no NVIDIA GPU of compute capability 8.0 or later.
+      NotImplementedError: the device is no NVIDIA GPU of compute capability 8.0 or later, or too small.
     """
     if device.compute_capability is None or device.compute_capability < (8, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
-    for tiles in TRITON_CANDIDATES:
-        fits_registers = tiles.block_q * head_dim * itemsize <= REGISTER_TILE
-        if fits_registers and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
+    for widest, tiles in TRITON_TILES[itemsize]:
+        if head_dim <= widest and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
             return tiles
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
-
-
-REGISTER_TILE = 64 * 256 * 2
-"""Bytes of a query tile up to which the kernel does not spill registers."""

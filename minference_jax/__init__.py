@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         uniform_patterns,
         write_patterns,
     )
+    from minference_jax.tile_table import TileTable, read_tiles
 
     __version__: str
 
@@ -44,6 +45,7 @@ __all__ = [
     "ModelPatterns",
     "PatternArrays",
     "PatternKind",
+    "TileTable",
     "VerticalSlash",
     "__version__",
     "a_shape_attention",
@@ -52,6 +54,7 @@ __all__ = [
     "dense_attention",
     "load",
     "read_patterns",
+    "read_tiles",
     "sparse_attention",
     "uniform_patterns",
     "vertical_slash_attention",
@@ -60,11 +63,13 @@ __all__ = [
 
 _MODULES = {
     "LanguageModel": "generate",
+    "TileTable": "tile_table",
     "a_shape_attention": "attention",
     "block_sparse_attention": "attention",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
     "load": "loading",
+    "read_tiles": "tile_table",
     "sparse_attention": "attention",
     "vertical_slash_attention": "attention",
 }  # every other name is in patterns

@@ -21,10 +21,8 @@ NotImplementedError where an implementation named by the caller can't do the cal
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import jax
@@ -34,10 +32,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from minference_jax.capacities import check_pattern, is_fit
-from minference_jax.implementations import Implementation, device_of, first_that_can
+from minference_jax.implementations import Implementation, device_of, first_that_can, memory_for
 from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import FAR, density
-from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.tiles import TileConfig, check_shared_memory
 from minference_jax.patterns import (
     AShape,
     BlockSparse,
@@ -107,7 +105,7 @@ def dense_attention(
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
-    with _sizes_in_memory_errors(q, k):
+    with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         return _dense(q, k, v, kv_len, q_offset, **static)
 
 
@@ -196,7 +194,7 @@ def sparse_attention(
     arrays, capacities = check_pattern(pattern, q.shape[2], k.shape[1], max_num_blocks, max_num_columns)
     static = {"scale": scale, "slash_granularity": slash_granularity, "capacities": capacities, "tiles": tiles}
     static |= {"implementation": implementation, "device": device_of(q)}
-    with _sizes_in_memory_errors(q, k):
+    with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
     results = (out, *[lse] * return_lse, *[share] * return_density)
     return results if len(results) > 1 else out
@@ -285,6 +283,8 @@ def _sparse(
     def run(entry: Implementation, suitable: TileConfig):
         if entry.sparse is None:
             raise NotImplementedError("it has no sparse attention")
+        if tiles is not None:
+            check_shared_memory(tiles, device, q.shape[3], q.dtype.itemsize)
         where["tiles"] = suitable if tiles is None else tiles
         layout = build_layout(
             q,
@@ -305,19 +305,6 @@ def _sparse(
 
 def _or_all(value: Array | None, q: Array, default: int) -> Array:
     return jnp.full(q.shape[:1], default, jnp.int32) if value is None else value
-
-
-@contextlib.contextmanager
-def _sizes_in_memory_errors(q: Array, k: Array) -> Iterator[None]:
-    """Says in one sentence what did not fit the device, where XLA gives pages of its own."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(
-            f"attention of q {_describe(q)} to k and v {_describe(k)} needs more memory than the device has free"
-        ) from error
 
 
 @jax.custom_jvp

@@ -122,15 +122,18 @@ def vertical_slash(
     key_mass, distance_mass = kernels.attention_mass(rows, k, positions, scale=scale)
     valid = jnp.arange(size, dtype=jnp.int32) < kv_len[:, None, None]
 
-    def choose(mass, valid, forced, wanted):
+    def force(mass, valid, forced):
         index = jnp.arange(mass.shape[-1], dtype=jnp.int32)
-        mass = jnp.where(valid, jnp.where(index < forced, jnp.inf, mass), -jnp.inf)
-        return kernels.top_k_mask(mass, jnp.minimum(valid.sum(axis=-1, dtype=jnp.int32), wanted))
+        return jnp.where(valid, jnp.where(index < forced, jnp.inf, mass), -jnp.inf)
 
-    verticals = choose(key_mass, valid, FORCED_VERTICALS, jnp.maximum(vertical_size, MIN_VERTICALS))
+    key_mass_or_forced = force(key_mass, valid, FORCED_VERTICALS)
+    num_verticals = jnp.minimum(kv_len[:, None], jnp.maximum(vertical_size, MIN_VERTICALS))
     slash_size = jnp.maximum(slash_size, MIN_SLASHES)
-    if slash_block is None:
-        return VerticalSlashIndices(verticals, choose(distance_mass, valid, FORCED_SLASHES, slash_size))
+    if slash_block is None:  # both at once: there are fewer rows than a GPU has room for
+        masses = jnp.stack([key_mass_or_forced, force(distance_mass, valid, FORCED_SLASHES)])
+        sizes = jnp.stack([num_verticals, jnp.minimum(kv_len[:, None], slash_size)])
+        return VerticalSlashIndices(*kernels.top_k_mask(masses, sizes))
+    verticals = kernels.top_k_mask(key_mass_or_forced, num_verticals)
     diagonal = jnp.arange(num_diagonals(size, slash_block), dtype=jnp.int32)
     begin = kv_len[:, None] - LAST_Q - diagonal * slash_block  # of the keys that the last queries' tile reads
     key = begin[..., None] + jnp.arange(slash_block, dtype=jnp.int32)
@@ -140,7 +143,8 @@ def vertical_slash(
     mass = jnp.where((key >= 0)[:, None], mass, 0.0).sum(axis=-1)
     valid = (diagonal - 1) * slash_block < kv_len[:, None, None]
     forced, wanted = (blocks_of(n, slash_block) for n in (FORCED_SLASHES, slash_size))
-    return VerticalSlashIndices(verticals, choose(mass, valid, forced, wanted))
+    wanted = jnp.minimum(valid.sum(axis=-1, dtype=jnp.int32), wanted)
+    return VerticalSlashIndices(verticals, kernels.top_k_mask(force(mass, valid, forced), wanted))
 
 
 def num_diagonals(size: int, block: int) -> int:

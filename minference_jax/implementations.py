@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ class Implementation(NamedTuple):
       sparse: (q, k, v, layout, *, scale, q_offset, kv_len, tiles) -> (out, lse); None = it has none.
       estimate: what estimation runs beside ``sparse``.
       whole_prompts_only: ``dense`` is (q, k, v, *, scale, kv_len) -> out, for queries that start at position 0.
+      break_even: tokens from which sparse attention with usual patterns is faster than dense attention by the first
+        implementation that can, estimate and layout included: measured by the bench.
       min_q_len: with fewer queries it is slower than the others, and tried by its name only.
     """
 
@@ -32,29 +35,64 @@ class Implementation(NamedTuple):
     sparse: Callable[..., tuple[Array, Array]] | None
     estimate: estimate.EstimateKernels = estimate.XLA
     whole_prompts_only: bool = False
+    break_even: int = 0
     min_q_len: int = 1
 
 
 TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
 IMPLEMENTATIONS = (
     Implementation("cudnn", flash_cudnn.check_device, flash_cudnn.attention, None, whole_prompts_only=True),
-    Implementation("triton", triton_tiles, sparse_triton.dense, sparse_triton.attention, TRITON_ESTIMATE, min_q_len=16),
-    Implementation("xla", xla_tiles, flash_xla.attention, sparse_xla.attention),
+    Implementation(
+        "triton",
+        triton_tiles,
+        sparse_triton.dense,
+        sparse_triton.attention,
+        TRITON_ESTIMATE,
+        break_even=32768,
+        min_q_len=16,
+    ),
+    Implementation("xla", xla_tiles, flash_xla.attention, sparse_xla.attention, break_even=8192),
 )
 """In the order in which ``implementation=None`` tries them."""
 
 
-def first_that_can(run: Callable[[Implementation, TileConfig], Any], name: str | None, device: Device, q: Array) -> Any:
-    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
-    entries = [
-        entry for entry in IMPLEMENTATIONS if name == entry.name or (name is None and q.shape[1] >= entry.min_q_len)
-    ]
+def named(name: str | None) -> list[Implementation]:
+    """The implementation of that name, or all of them in order.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    entries = [entry for entry in IMPLEMENTATIONS if name in (None, entry.name)]
     if not entries:
         raise ValueError(f"implementation={name!r} is not one of {[entry.name for entry in IMPLEMENTATIONS]}")
+    return entries
+
+
+def first_that_can(run: Callable[[Implementation, TileConfig], Any], name: str | None, device: Device, q: Array) -> Any:
+    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
+    entries = [entry for entry in named(name) if name is not None or q.shape[1] >= entry.min_q_len]
     reasons = []
     for entry in entries:
         try:
             return run(entry, entry.tiles(device, q.shape[3], q.dtype.itemsize))
+        except NotImplementedError as error:
+            reasons.append(f"{entry.name}: {error}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+def first_sparse(name: str | None, device: Device, head_dim: int, itemsize: int) -> Implementation:
+    """The named implementation of sparse attention, or the first that can run on a device.
+
+    Raises:
+      ValueError: there is none of that name. NotImplementedError: it can't run there.
+    """
+    reasons = []
+    for entry in named(name):
+        try:
+            entry.tiles(device, head_dim, itemsize)
+            if entry.sparse is not None:
+                return entry
+            reasons.append(f"{entry.name}: it has no sparse attention")
         except NotImplementedError as error:
             reasons.append(f"{entry.name}: {error}")
     raise NotImplementedError("; ".join(reasons))
@@ -76,3 +114,18 @@ def device_of(*arrays: Any) -> Device:
         return Device(platform="rocm", kind=device.device_kind)
     major, minor = str(device.compute_capability).split(".")
     return Device(platform="cuda", kind=device.device_kind, compute_capability=(int(major), int(minor)))
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Says in one sentence what did not fit the device, where XLA gives pages of its own.
+
+    Raises:
+      MemoryError: what runs inside the block does not fit.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(f"{what} needs more memory than the device has free") from error

@@ -13,6 +13,8 @@ from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import PatternArrays, PatternKind
 
 SlashGranularity = Literal["line", "block"]
+NUM_BLOCKS_UNIT = 64
+"""Keys in one of a block-sparse pattern's ``num_blocks``, whatever the tiles of the kernel."""
 
 
 def build_layout(
@@ -108,13 +110,16 @@ def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels
     if max_num_blocks == 0:
         shape = (batch, num_heads, -(-q_len // tiles.block_q))
         return estimate.BlockSparseIndices(jnp.zeros((*shape, 0), jnp.int32), jnp.zeros(shape, jnp.int32))
+    num_blocks, max_num_blocks = (
+        -(-n * NUM_BLOCKS_UNIT // tiles.block_kv) for n in (pattern.num_blocks, max_num_blocks)
+    )
     own = tiles.block_q // tiles.block_kv + 1  # blocks that hold a tile's own positions, kept whatever was asked for
     capacity = min(max(max_num_blocks, own), -(-k.shape[1] // tiles.block_kv))
     is_block_sparse = pattern.kind == PatternKind.BLOCK_SPARSE
 
     def estimated():
         where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "kernels": kernels}
-        found = estimate.block_sparse(q, k, num_blocks=pattern.num_blocks, capacity=capacity, **where)
+        found = estimate.block_sparse(q, k, num_blocks=num_blocks, capacity=capacity, **where)
         return found._replace(block_counts=jnp.where(is_block_sparse[:, None], found.block_counts, 0))
 
     def nothing():

@@ -22,6 +22,7 @@ from minference_jax.convert.weight_source import Progress
 from minference_jax.generate import LanguageModel
 from minference_jax.models import LlamaConfig, from_parameters
 from minference_jax.patterns import HeadPattern, ModelPatterns, read_patterns, uniform_patterns
+from minference_jax.tile_table import TileTable, read_tiles
 
 
 def load(
@@ -30,6 +31,7 @@ def load(
     dtype: str | None = None,
     patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    tiles: str | os.PathLike[str] | TileTable | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Loads a model with its tokenizer and the pattern of every head, ready to read and answer.
@@ -43,13 +45,17 @@ def load(
         patterns: of every head: a pattern file, ModelPatterns, or one HeadPattern for all heads; None = the
             checkpoint's own file, and where it has none `DEFAULT_PATTERN` for all heads.
         cache_dir: where the default model is kept, for model=None only; None = this user's cache folder.
+        tiles: measured tile sizes of sparse attention: a file that `minference-jax autotune` wrote, or a TileTable;
+            None = this user's stored file, where there is one. What is in none has the sizes that suit the device by
+            rule, and so has everything with TileTable().
         progress: called as (bytes done, bytes in all, name) while downloading, converting and loading.
 
     Raises:
         ValueError: no such model, one that is damaged or can't be honoured, patterns that do not fit it, an unknown
-            dtype, a default model that can't be had.
+            dtype, a damaged file of tile sizes, a default model that can't be had.
         OSError: a file that can't be read or written.
     """
+    table = choose_tiles(tiles)
     if model is None:
         folder = platformdirs.user_cache_dir("minference-jax", appauthor=False) if cache_dir is None else cache_dir
         model = fetch_default_model(folder, progress)
@@ -62,7 +68,33 @@ def load(
     tokenizer = load_tokenizer(small_files) if has_text else None
     stop_tokens = load_stop_tokens(small_files)
     config, parameters = load_parameters(model, dtype=dtype, progress=progress)
-    return LanguageModel(from_parameters(config, parameters), tokenizer, chosen, stop_tokens=stop_tokens)
+    module = from_parameters(config, parameters)
+    return LanguageModel(module, tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
+
+
+def default_tiles_file() -> Path:
+    """Where this user's measured tile sizes are stored; the file need not exist."""
+    return Path(platformdirs.user_config_dir("minference-jax", appauthor=False)) / "tiles.json"
+
+
+def choose_tiles(tiles: str | os.PathLike[str] | TileTable | None) -> TileTable:
+    """The measured tile sizes that the caller gives, else those that this user has stored, else none.
+
+    Args:
+        tiles: as in `load`.
+
+    Raises:
+        ValueError: the file is damaged, or `tiles` is something else.
+        OSError: the file can't be read.
+    """
+    if tiles is None:
+        stored = default_tiles_file()
+        return read_tiles(stored) if stored.exists() else TileTable()
+    if isinstance(tiles, str | os.PathLike):
+        return read_tiles(tiles)
+    if not isinstance(tiles, TileTable):
+        raise ValueError(f"{tiles=} must be a path, a TileTable or None")
+    return tiles
 
 
 def choose_patterns(

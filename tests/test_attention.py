@@ -1,6 +1,7 @@
 """One suite over all implementations: each case against the oracle on exactly the pairs the layout keeps."""
 
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -15,7 +16,6 @@ from minference_jax import attention, implementations
 from minference_jax.index import build_layout
 from minference_jax.kernels import reference
 from minference_jax.kernels.layouts import layout_mask
-from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, PatternArrays, VerticalSlash
 
 MIXED = (
@@ -25,9 +25,9 @@ MIXED = (
     Dense(),
 )
 INTERPRETED = interpreted_triton()
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation", ["xla", INTERPRETED.name, pytest.param("triton", marks=pytest.mark.gpu)]
-)
+EVERYWHERE = ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", EVERYWHERE)
+AND_INTERPRETED = pytest.mark.parametrize("implementation", [*EVERYWHERE, INTERPRETED.name])
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +50,20 @@ def per_sequence(value, batch):
     return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
 
 
-@functools.partial(jax.jit, static_argnames="tiles")
-def kept_pairs(q, k, pattern, kv_len, q_offset, tiles=TileConfig()):  # noqa: B008
+@functools.partial(jax.jit, static_argnames=("tiles", "kernels", "slash_granularity"))
+def _kept_pairs(q, k, pattern, kv_len, q_offset, tiles, kernels, slash_granularity):
     where = {"kv_len": kv_len, "q_offset": q_offset, "tiles": tiles}
-    capacities = {"max_num_blocks": 128, "max_num_columns": k.shape[1]}
-    layout = build_layout(q, k, pattern, scale=q.shape[-1] ** -0.5, **capacities, **where)
+    how = {"max_num_blocks": 128, "max_num_columns": k.shape[1], "kernels": kernels}
+    how |= {"scale": q.shape[-1] ** -0.5, "slash_granularity": slash_granularity}
+    layout = build_layout(q, k, pattern, **how, **where)
     return layout_mask(layout, q_offset, kv_len, q.shape[1], k.shape[1], tiles)
+
+
+def kept_pairs(q, k, pattern, kv_len, q_offset, implementation, slash_granularity="line"):
+    """The pairs that an implementation keeps, with the tiles and the estimation that it chooses."""
+    (entry,) = (entry for entry in implementations.IMPLEMENTATIONS if entry.name == implementation)
+    tiles = entry.tiles(implementations.device_of(q), q.shape[3], q.dtype.itemsize)
+    return _kept_pairs(q, k, pattern, kv_len, q_offset, tiles, entry.estimate, slash_granularity)
 
 
 def causal_pairs(B, T, S, kv_len, q_offset):
@@ -79,8 +87,18 @@ CASES = {
 }
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("name", CASES)
+SHORT = ("one token over a tile", "batch of unequal lengths", "chunks of a batch", "one query over a cache")
+"""Cases for Pallas' interpreter, which takes seconds for each."""
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(CASES, ["xla"]),
+        *itertools.product(SHORT, [INTERPRETED.name]),
+        *(pytest.param(name, "triton", marks=pytest.mark.gpu) for name in CASES),
+    ],
+)
 def test_sparse_and_dense_equal_the_oracle_on_the_kept_pairs(name, implementation):
     case = dict(CASES[name])
     q_offset, kv_len = case.pop("q_offset", 0), case.pop("kv_len", None)
@@ -94,13 +112,27 @@ def test_sparse_and_dense_equal_the_oracle_on_the_kept_pairs(name, implementatio
     sparse = attention.sparse_attention(q, k, v, pattern, **where)
     dense = attention.dense_attention(q, k, v, **where)
     causal = jnp.broadcast_to(causal_pairs(B, T, S, kv_len, q_offset), (B, N, T, S))
-    for (out, lse), mask in ((sparse, kept_pairs(q, k, pattern, kv_len, q_offset)), (dense, causal)):
+    kept = kept_pairs(q, k, pattern, kv_len, q_offset, implementation)
+    for (out, lse), mask in ((sparse, kept), (dense, causal)):
         assert out.dtype == q.dtype
         plain, _ = reference.attention(q, k, v, mask, scale=H**-0.5)
         exact, exact_lse = reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask, scale=H**-0.5)
         error = np.abs(np.asarray(out, np.float64) - np.asarray(exact, np.float64)).max(initial=0.0)
         assert error <= kernel_bound(plain.astype(jnp.float32), exact, q.dtype)
         np.testing.assert_allclose(lse, exact_lse, rtol=LSE, atol=LSE)  # -inf on padding on both sides
+
+
+@AND_INTERPRETED
+def test_block_granularity_equals_the_oracle_on_its_kept_pairs(implementation):
+    q, k, v = make(T=190, S=330)
+    pattern, where = arrays(*MIXED), {"kv_len": per_sequence(310, 1), "q_offset": per_sequence(120, 1)}
+    out, lse = attention.sparse_attention(
+        q, k, v, pattern, slash_granularity="block", return_lse=True, implementation=implementation, **where
+    )
+    mask = kept_pairs(q, k, pattern, **where, implementation=implementation, slash_granularity="block")
+    exact, exact_lse = reference.attention(q, k, v, mask, scale=16**-0.5)
+    np.testing.assert_allclose(out, exact, atol=2e-6)
+    np.testing.assert_allclose(lse, exact_lse, rtol=LSE, atol=LSE)
 
 
 @IMPLEMENTATIONS
@@ -242,6 +274,32 @@ def test_density_is_one_for_dense_heads_and_never_above_for_vertical_slash():
     assert density[3] <= 1.0
 
 
+def test_block_granularity_never_keeps_more_tiles_than_contiguous_lines_need():
+    q, k, v = make(T=1500, N=2, K=1)
+    shares = {}
+    for granularity in ("line", "block"):
+        call = functools.partial(attention.vertical_slash_attention, vertical_size=30, slash_size=300)
+        _, shares[granularity] = call(q, k, v, slash_granularity=granularity, return_density=True)
+    assert (shares["block"] <= shares["line"]).all()
+
+
+def test_granularity_that_is_neither_is_refused():
+    with pytest.raises(ValueError, match='slash_granularity=\'tile\' must be "line" or "block"'):
+        attention.vertical_slash_attention(*make(T=10), slash_granularity="tile")
+
+
+def test_more_verticals_than_the_capacity_are_refused_or_made_nan_where_they_are_traced():
+    q, k, v = make(T=300)
+    pattern = arrays(*[VerticalSlash(vertical_size=80, slash_size=60), Dense()] * 2)
+    with pytest.raises(ValueError, match=r"head 0 .*vertical_size=80.* max_num_columns=64 verticals or sinks"):
+        attention.sparse_attention(q, k, v, pattern, max_num_columns=64)
+    out = jax.jit(functools.partial(attention.sparse_attention, max_num_columns=64))(q, k, v, pattern)
+    assert np.isnan(np.asarray(out)[:, :, ::2]).all()
+    assert np.isfinite(np.asarray(out)[:, :, 1::2]).all()
+    enough = jax.jit(functools.partial(attention.sparse_attention, max_num_columns=80))(q, k, v, pattern)
+    np.testing.assert_allclose(enough, attention.sparse_attention(q, k, v, pattern), atol=2e-6)
+
+
 def test_gradient_is_refused_in_one_sentence():
     q, k, v = make(T=10)
     for run in (attention.dense_attention, attention.vertical_slash_attention):
@@ -262,6 +320,26 @@ def test_named_implementation_never_falls_back(monkeypatch):
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", entries[:1])
     with pytest.raises(NotImplementedError, match="other: not on this machine"):
         attention.dense_attention(*make(T=34))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "triton"])
+def test_gpu_implementations_decline_on_a_cpu_in_one_sentence(name):
+    cpu = jax.devices("cpu")[0]
+    q, k, v = (jax.device_put(x, cpu) for x in make(T=33, dtype="bfloat16"))
+    with pytest.raises(NotImplementedError, match=f"{name}: it needs an NVIDIA GPU of compute capability 8.0 or later"):
+        attention.dense_attention(q, k, v, implementation=name)
+
+
+def test_memory_that_does_not_suffice_is_said_with_the_sizes(monkeypatch):
+    def exhaust(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, and pages more")
+
+    monkeypatch.setattr(attention, "_dense", exhaust)
+    message = (
+        r"^attention of q float32\[1, 7, 4, 16\] to k and v float32\[1, 7, 2, 16\] needs more memory than the device"
+    )
+    with pytest.raises(MemoryError, match=message):
+        attention.dense_attention(*make(T=7))
 
 
 def test_traced_kinds_and_sizes_that_make_no_sense_give_nan():

@@ -16,6 +16,7 @@ from small_models import CONTEXT, NUM_HEADS, NUM_LAYERS, write_model
 from minference_jax import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, load, write_patterns
 from minference_jax.cli import convert_command, main, measure
 from minference_jax.cli.generate_command import until_stop
+from minference_jax.cli.inputs import ChosenAttention
 from minference_jax.cli.parser import ATTENTION_NAMES
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
@@ -149,7 +150,8 @@ def test_sparse_answer_goes_on_as_long_as_the_dense_one(model):
 def test_compilation_is_timed_apart_and_only_where_there_is_one(model):
     jax.clear_caches()  # other tests may have compiled the same
     language_model = load(model)
-    options = {"attention": "dense", "pattern": None, "implementation": None, "repeats": 2, "show_progress": False}
+    attention = ChosenAttention("dense", None, "dense")
+    options = {"attention": attention, "implementation": None, "repeats": 2, "show_progress": False}
     first = measure.compare(language_model, [1, 2, 3] * 90, max_new_tokens=1, **options)
     assert first.dense.compile_seconds > 0
     assert first.sparse.compile_seconds is None

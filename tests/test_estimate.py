@@ -125,3 +125,22 @@ def test_block_sparse_keeps_the_heaviest_block_means_and_the_diagonal(q_offset, 
             order = [b for b in np.argsort(-np.array(means), kind="stable").tolist() if b not in own]
             expected = sorted(own | set(order[: max(blocks[n] - len(own), 0)]))
             assert ids[n, t, : counts[n, t]].tolist() == expected
+
+
+@pytest.mark.parametrize(("length", "capacity"), [(600, 600), (333, 400), (40, 64)])
+def test_block_diagonals_are_the_heaviest_that_the_verticals_leave_behind_the_forced_ones(length, capacity):
+    q, k = random_qk(capacity, seed=5)
+    sizes = {"vertical_size": jnp.full((N,), 40), "slash_size": jnp.full((N,), 270)}
+    where = {"q_offset": jnp.array([0]), "kv_len": jnp.array([length]), "scale": H**-0.5}
+    kept = estimate.vertical_slash(jnp.asarray(q), jnp.asarray(k), **sizes, **where, slash_block=64)
+    verticals, slashes = np.asarray(kept.verticals)[0], np.asarray(kept.slashes)[0]
+    by_key, _ = brute_force_scores(q, k, 0, length)
+    assert slashes.shape == (N, estimate.num_diagonals(capacity, 64))
+    for n in range(N):
+        left = np.where(verticals[n], 0.0, by_key[n])
+        begins = [length - 64 - 64 * d for d in range(slashes.shape[1])]
+        mass = [left[max(begin, 0) : max(begin + 64, 0)].sum() for begin in begins]
+        reachable = [d for d in range(slashes.shape[1]) if (d - 1) * 64 < length]
+        order = sorted(reachable, key=lambda d, mass=mass: (d > 2, -mass[d] if d > 2 else 0, d))
+        # 270 nearest distances of 64 queries lie in six blocks; 100, which are forced, in three
+        assert set(np.flatnonzero(slashes[n])) == set(order[:6])

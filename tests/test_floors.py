@@ -17,6 +17,7 @@ FLOORS |= {
     "estimate": 2,
     "patterns": 1,
     "cache": 1,
+    "tile_table": 1,
     "kernels": 0,
 }
 SIBLINGS = {

@@ -1,5 +1,7 @@
 """`load`: from a name or a path, and patterns of any kind, to a model that reads and answers."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import platformdirs
@@ -11,13 +13,17 @@ from minference_jax import (
     AShape,
     Dense,
     ModelPatterns,
+    TileTable,
     convert_model,
     load,
     loading,
     uniform_patterns,
     write_patterns,
 )
+from minference_jax.kernels.tiles import TileConfig
+from minference_jax.tile_table import TileEntry, write_tiles
 
+WIDE = TileEntry(device="cpu", implementation="xla", head_dim=8, dtype="float32", tiles=TileConfig(block_q=128))
 MIXED = ModelPatterns(layers=((AShape(sink_size=2, window_size=4), *[Dense()] * 3),) * NUM_LAYERS, source="a test")
 
 
@@ -89,6 +95,32 @@ def test_default_model_is_kept_in_the_users_cache_or_where_asked(folder, tmp_pat
 def test_cache_dir_has_no_meaning_for_other_models(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cache_dir=.* is for the default model only"):
         load(folder, cache_dir=tmp_path)
+
+
+def test_tiles_are_those_that_are_given_else_those_that_the_user_has_stored(folder, tmp_path, monkeypatch):
+    stored, given = tmp_path / "config" / "tiles.json", tmp_path / "given.json"
+    monkeypatch.setattr(loading, "default_tiles_file", lambda: stored)
+    assert load(folder).tiles == TileTable()
+    write_tiles(stored, TileTable((WIDE,)))
+    assert load(folder).tiles == TileTable((WIDE,))
+    assert load(folder, tiles=TileTable()).tiles == TileTable()
+    write_tiles(given, TileTable((replace(WIDE, head_dim=32),)))
+    for tiles in (given, str(given)):
+        assert load(folder, tiles=tiles).tiles == TileTable((replace(WIDE, head_dim=32),))
+
+
+def test_tiles_that_make_no_sense_are_refused_before_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_parameters", None)
+    (tmp_path / "tiles.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a file of tile sizes"):
+        load(folder, tiles=tmp_path / "tiles.json")
+    with pytest.raises(ValueError, match="tiles=7 must be a path, a TileTable or None"):
+        load(folder, tiles=7)
+    with pytest.raises(FileNotFoundError):
+        load(folder, tiles=tmp_path / "nothing.json")
+    monkeypatch.setattr(loading, "default_tiles_file", lambda: tmp_path / "tiles.json")
+    with pytest.raises(ValueError, match="not a file of tile sizes"):
+        load(folder)
 
 
 def test_model_that_is_nowhere_is_refused(tmp_path):

@@ -1,168 +1,340 @@
-"""The attention suite: sparse against dense attention of one layer, estimate and layout included.
+"""The attention suite: sparse against dense attention of one layer, with its index and its kernel timed apart.
 
-Random activations have no structure: an estimate on them finds scattered slashes that cover everything. So the estimate
-and the layout are computed and timed, and the kernel then gets lists of a stated kind: a share of the slashes nearest,
-the other slashes and the verticals at random.
+A kernel is checked against the oracle before it is timed: whole at a small length, and a few query tiles of the very
+output that is then timed. The estimate and the layout are always computed and timed on the queries and keys at hand;
+which lists the kernel reads is said in ``bench.inputs``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 
+from minference_jax import estimate
 from minference_jax.attention import dense_attention
-from minference_jax.bench.records import record
-from minference_jax.estimate import FORCED_VERTICALS
+from minference_jax.bench import inputs, oracle
+from minference_jax.bench.cases import (
+    CPU_CASES,
+    GPU_CASES,
+    Case,
+    activation_cases,
+    describe,
+    plan,
+    select_cases,
+)
+from minference_jax.bench.inputs import Activations
+from minference_jax.bench.records import peak_bytes, record
+from minference_jax.capacities import check_pattern
+from minference_jax.implementations import Implementation, device_of, first_that_can
 from minference_jax.index import build_layout
-from minference_jax.kernels import reference, sparse_xla
-from minference_jax.kernels.layouts import FAR, SparseLayout, compact, density, layout_mask, slash_offsets
-from minference_jax.kernels.tiles import TileConfig
-from minference_jax.patterns import PatternArrays, VerticalSlash, uniform_patterns
+from minference_jax.kernels import flash_cudnn
+from minference_jax.kernels.layouts import SparseLayout, everything
+from minference_jax.kernels.tiles import TileConfig, check_shared_memory
+from minference_jax.patterns import AShape, Dense, VerticalSlash
 
 CHECK_LENGTH = 1024
-"""Tokens at which a case is checked against the oracle, whose memory is quadratic."""
-TOLERANCE = 1e-4
-"""Largest error allowed in float32, absolute; outputs are of order one."""
-TILES = TileConfig()
+"""Tokens at which a case is checked whole, in memory quadratic in them."""
+FEW_REPEATS_FROM, BASELINE_ONCE_FROM, ONE_REPEAT_FROM = 1 << 18, 1 << 18, 1 << 20
+"""Tokens from which a GPU is timed less often, from which cases of one shape share their baseline's times, and from
+which a GPU's baseline is timed once."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One benchmark case: the pattern of all heads and the share of its slashes that are the nearest ones."""
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """One case at one length as jitted calls.
 
-    local_share: float
-    pattern: VerticalSlash
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-
-    @property
-    def name(self) -> str:
-        """The pattern's sizes and the kind of lists."""
-        sizes = f"{self.pattern.vertical_size}, {self.pattern.slash_size}"
-        return f"VS({sizes}), {self.local_share:.0%} of slashes nearest"
-
-
-PATTERN = VerticalSlash(vertical_size=500, slash_size=700)
-CASES = (Case(local_share=1.0, pattern=PATTERN), Case(local_share=0.97, pattern=PATTERN))
-LENGTHS = (4096, 8192, 16384, 32768)
-
-
-def activations(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Random q [1, T, N, H], k, v [1, T, K, H], float32."""
-    rng = np.random.default_rng(seed)
-    heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, length, n, case.head_dim), dtype=np.float32)) for n in heads)
-    return q, k, v
-
-
-def make_layout(case: Case, length: int, seed: int = 0) -> SparseLayout:
-    """The lists of a case: the first keys and the nearest slashes, the others at random."""
-    rng = np.random.default_rng(seed)
-    verticals, slashes = np.zeros((2, 1, case.num_heads, length), bool)
-    local = round(case.local_share * case.pattern.slash_size)
-    verticals[..., :FORCED_VERTICALS] = slashes[..., :local] = True
-    for n in range(case.num_heads):
-        more = case.pattern.vertical_size - FORCED_VERTICALS, case.pattern.slash_size - local
-        verticals[0, n, rng.choice(np.arange(FORCED_VERTICALS, length), more[0], replace=False)] = True
-        slashes[0, n, rng.choice(np.arange(local, length), more[1], replace=False)] = True
-    heads, tiles = (1, case.num_heads), -(-length // TILES.block_q)
-    offsets, counts = slash_offsets(jnp.asarray(slashes), TILES)
-    return SparseLayout(
-        offsets=offsets,
-        offset_counts=counts,
-        columns=compact(jnp.asarray(verticals), length),
-        column_counts=jnp.asarray(verticals.sum(-1), jnp.int32),
-        windows=jnp.full(heads, FAR, jnp.int32),
-        block_ids=jnp.full((*heads, tiles, 1), FAR, jnp.int32),
-        block_counts=jnp.zeros((*heads, tiles), jnp.int32),
-    )
-
-
-def sparse_call(case: Case, length: int) -> tuple[Callable[..., Any], float]:
-    """Estimate, layout and kernel of a case as one call of q, k, v, and its mean density at this length."""
-    at, valid = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
-    where: dict[str, Any] = {"q_offset": at, "kv_len": valid, "scale": case.head_dim**-0.5, "tiles": TILES}
-    rows = uniform_patterns(1, case.num_heads, case.pattern).arrays()
-    pattern = PatternArrays(*(jnp.asarray(x[0]) for x in rows))
-    index = jax.jit(lambda q, k, pattern: build_layout(q, k, pattern, max_num_blocks=1, **where))
-    kernel = jax.jit(lambda q, k, v, layout: sparse_xla.attention(q, k, v, layout, **where)[0])
-    layout = make_layout(case, length)
-    share = density(layout, at, valid, length, TILES)
-    return lambda q, k, v: (index(q, k, pattern), kernel(q, k, v, layout)), float(share.mean())
-
-
-def check(case: Case) -> float:
-    """The largest error of the case's kernel against the oracle on the same pairs, at ``CHECK_LENGTH`` tokens.
-
-    Raises:
-      RuntimeError: the error is above ``TOLERANCE``.
+    Attributes:
+      kernel: (q, k, v, layout) -> out [1, T, N, H].
+      layout: what the kernel reads.
+      index: (q, k) -> what the pattern's estimate and layout give; None where attention is dense.
+      mass: (q, k) -> attention mass, the first part of ``index``; None where the pattern has no such part.
     """
-    q, k, v = activations(case, CHECK_LENGTH)
-    scale = case.head_dim**-0.5
-    small = dataclasses.replace(case, pattern=VerticalSlash(vertical_size=100, slash_size=140))
-    layout = make_layout(small, CHECK_LENGTH)
-    at, length = jnp.zeros(1, jnp.int32), jnp.full(1, CHECK_LENGTH, jnp.int32)
-    out, _ = sparse_xla.attention(q, k, v, layout, scale=scale, q_offset=at, kv_len=length, tiles=TILES)
-    mask = layout_mask(layout, at, length, CHECK_LENGTH, CHECK_LENGTH, TILES)
-    causal = jnp.broadcast_to(jnp.tri(CHECK_LENGTH, dtype=bool), mask.shape)
-    pairs = ((out, mask), (dense_attention(q, k, v), causal))
-    errors = [jnp.abs(out - reference.attention(q, k, v, mask, scale=scale)[0]).max() for out, mask in pairs]
-    error = float(jnp.stack(errors).max())
-    if not error <= TOLERANCE:
-        raise RuntimeError(
-            f"{case.name}: the error against the oracle is {error:.2e}, above {TOLERANCE}; no time is measured"
+
+    kernel: Callable[..., Array]
+    layout: SparseLayout
+    index: Callable[..., SparseLayout] | None
+    mass: Callable[..., tuple[Array, Array]] | None
+
+
+class Bench:
+    """The suite on one device; what measurements share is kept between them.
+
+    Args:
+      implementation: of sparse attention: "triton" or "xla"; None = the first that can on this device.
+      tiles: None = those that suit the device.
+      repeats: timed runs, after one that warms up; None = 8, and 3 on CPUs and from 256K tokens on.
+      baseline_repeats: of dense attention; None = as ``repeats``, and 1 at 1M tokens on GPUs.
+      activations: of one layer, from ``read_activations``, whose estimated lists the kernels read; None = random
+        activations and constructed lists.
+    """
+
+    def __init__(
+        self,
+        *,
+        implementation: str | None = None,
+        tiles: TileConfig | None = None,
+        repeats: int | None = None,
+        baseline_repeats: int | None = None,
+        activations: Activations | None = None,
+    ):
+        self.device = device_of()
+        self.implementation, self.tiles, self.saved = implementation, tiles, activations
+        self.repeats, self.baseline_repeats = repeats, baseline_repeats
+        self._errors: dict[tuple, float] = {}
+        self._baselines: dict[tuple, list[float]] = {}
+
+    def cases(self) -> list[Case]:
+        """All cases of this device, with the shape of the saved activations where there are any."""
+        cases = GPU_CASES if self.device.platform == "cuda" else CPU_CASES
+        if self.saved is None:
+            return list(cases)
+        return activation_cases(cases, *self.saved.q.shape[2:3], *self.saved.k.shape[2:])
+
+    def plan(self, texts: Sequence[str] | None, lengths: Sequence[int] | None) -> list[tuple[Case, int]]:
+        """The chosen cases and lengths, in the order in which they should be measured.
+
+        Raises:
+          ValueError: no case has such a name; the implementation or tiles make no sense.
+          NotImplementedError: the implementation can't run a case on this device.
+        """
+        chosen = select_cases(self.cases(), texts)
+        for case in chosen:
+            self._choose(case)
+        if lengths is None and self.saved is not None:
+            lengths = (self.saved.q.shape[1],)
+        return plan(chosen, lengths)
+
+    def measure(self, case: Case, length: int) -> dict[str, Any]:
+        """Checks, then times one case at one length; gives its record.
+
+        Raises:
+          WrongResult: the kernel or the baseline differs from the oracle.
+          MemoryError: it does not fit the device.
+          ValueError, NotImplementedError: as ``plan``; saved activations are shorter than ``length``.
+        """
+        try:
+            return self._measure(case, length)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            heads = f"{case.num_heads} heads over {case.num_kv_heads} KV heads of head_dim {case.head_dim}"
+            reason = str(error).splitlines()[0][:200]
+            raise MemoryError(
+                f"{case.name} at {length} tokens, {heads}, {case.dtype}, does not fit the device: {reason}"
+            ) from error
+
+    def _choose(self, case: Case) -> tuple[Implementation, TileConfig]:
+        def give(entry: Implementation, tiles: TileConfig):
+            if entry.sparse is None:
+                raise NotImplementedError("it has no sparse attention")
+            if self.tiles is not None:
+                check_shared_memory(self.tiles, self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
+            return entry, self.tiles or tiles
+
+        q: Any = jax.ShapeDtypeStruct((1, CHECK_LENGTH, case.num_heads, case.head_dim), case.dtype)
+        return first_that_can(give, self.implementation, self.device, q)
+
+    def _measure(self, case: Case, length: int) -> dict[str, Any]:
+        entry, tiles = self._choose(case)
+        before = peak_bytes()
+        if self.saved is None:
+            qkv = inputs.random_activations(case, length)
+        else:
+            qkv = inputs.saved_activations(self.saved, length, case.dtype)
+        calls = prepare(case, length, entry, tiles, qkv, estimated=self.saved is not None)
+        if calls.mass is not None:
+            calls = dataclasses.replace(calls, layout=inputs.dense_where_cheaper(calls.layout, length, tiles))
+        if calls.index is not None:
+            jax.block_until_ready(calls.index(*qkv[:2]))
+        out = jax.block_until_ready(calls.kernel(*qkv, calls.layout))
+        after = peak_bytes()
+        scale = case.head_dim**-0.5
+        sampled = oracle.sampled_error(qkv, out, calls.layout, scale=scale, tiles=tiles, dtype=case.dtype)
+        del out
+        what = f"{case.name}, {entry.name}"
+        error = max(self._check(case), oracle.check(sampled, case.dtype, f"{what}, {length} tokens"))
+        name, baseline = self._baseline(case)
+        times = self._times(case, length, qkv, calls, baseline)
+        return record(
+            **_described(case, length, tiles, estimated=self.saved is not None),
+            **_figures(case, length, times, float(inputs.density_of(calls.layout, length, tiles).mean())),
+            implementation=entry.name,
+            baseline=name,
+            error=error,
+            peak_bytes=after if before is not None and after is not None and after > before else None,
         )
-    return error
+
+    def _check(self, case: Case) -> float:
+        """The largest error of the case's kernel and of its baseline over all queries at ``CHECK_LENGTH`` tokens."""
+        small = case.small()
+        entry, tiles = self._choose(case)
+        key = (small.sizes, case.slash_granularity, *_shape(case), entry.name, tiles)
+        if key not in self._errors:
+            qkv = inputs.random_activations(small, CHECK_LENGTH)
+            calls = prepare(small, CHECK_LENGTH, entry, tiles, qkv, estimated=False)
+            name, baseline = self._baseline(case)
+            causal = everything(1, case.num_heads, CHECK_LENGTH, CHECK_LENGTH, tiles)
+            outs = {entry.name: (calls.kernel(*qkv, calls.layout), calls.layout), name: (baseline(*qkv), causal)}
+            where = {"scale": case.head_dim**-0.5, "tiles": tiles, "dtype": case.dtype}
+            errors = {who: float(oracle.whole_error(qkv, *pair, **where)) for who, pair in outs.items()}
+            what = f"{CHECK_LENGTH} tokens"
+            self._errors[key] = max(
+                oracle.check(error, case.dtype, f"{case.name}, {who}, {what}") for who, error in errors.items()
+            )
+        return self._errors[key]
+
+    def _baseline(self, case: Case) -> tuple[str, Callable[..., Array]]:
+        """Dense attention to compare with: cuDNN's where it can, else this library's own."""
+        if self.device.platform == "cuda":
+            try:
+                flash_cudnn.check_device(self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
+            except NotImplementedError:
+                pass
+            else:
+                attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+                return "jax.nn.dot_product_attention, cudnn", jax.jit(attend)
+        name = self._choose(case)[0].name
+        return f"dense_attention, {name}", functools.partial(dense_attention, implementation=name)
+
+    def _times(self, case: Case, length: int, qkv: Activations, calls: Calls, baseline) -> dict[str, list[float]]:
+        """Milliseconds of the baseline and of each call."""
+        on_gpu = self.device.platform == "cuda"
+        repeats = self.repeats or (8 if on_gpu and length < FEW_REPEATS_FROM else 3)
+        of_baseline = self.baseline_repeats or (1 if on_gpu and length >= ONE_REPEAT_FROM else repeats)
+        key = (*_shape(case), length)
+        run: dict[str, tuple[int, Callable[[], Any]]] = {"kernel": (repeats, lambda: calls.kernel(*qkv, calls.layout))}
+        for name, call in (("index", calls.index), ("mass", calls.mass)):
+            if call is not None:
+                run[name] = (repeats, functools.partial(call, *qkv[:2]))
+        if key not in self._baselines:
+            run["baseline"] = (of_baseline, lambda: baseline(*qkv))
+        times = timed(run)
+        if key in self._baselines:
+            times["baseline"] = self._baselines[key]
+        elif length >= BASELINE_ONCE_FROM:
+            self._baselines[key] = times["baseline"]
+        return times
 
 
-def timed(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, taken in turn after one run that warms up."""
-    for call in calls.values():
+def prepare(
+    case: Case, length: int, entry: Implementation, tiles: TileConfig, qkv: Activations, *, estimated: bool
+) -> Calls:
+    """A case as calls.
+
+    Args:
+      case: what to compute. length: tokens.
+      entry: implementation. tiles: its tile sizes.
+      qkv: q [1, T, N, H], k and v [1, T, K, H].
+      estimated: the kernel reads what the estimate finds in ``qkv``, not constructed lists.
+    """
+    pattern = case.sizes_at(length, tiles).pattern
+    static: dict[str, Any] = {"entry": entry, "tiles": tiles, "scale": case.head_dim**-0.5}
+    if isinstance(pattern, Dense):
+        return Calls(functools.partial(_dense, **static), inputs.constructed_layout(case, length, tiles, 0), None, None)
+    arrays, capacities = check_pattern(pattern, case.num_heads, length, None, None)
+    how = {"capacities": capacities, "slash_granularity": case.slash_granularity}
+    index = functools.partial(_index, pattern=arrays, **how, **static)
+    if estimated or isinstance(pattern, AShape):  # an A-shape is the same whatever q and k are
+        layout = index(qkv.q, qkv.k)
+    else:
+        layout = inputs.constructed_layout(case, length, tiles, capacities.num_columns)
+    mass = functools.partial(_mass, **static) if isinstance(pattern, VerticalSlash) else None
+    return Calls(functools.partial(_kernel, **static), layout, index, mass)
+
+
+def _whole(q: Array) -> dict[str, Any]:
+    return {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, q.shape[1], jnp.int32)}
+
+
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale"))
+def _kernel(q, k, v, layout, *, entry, tiles, scale) -> Array:
+    return entry.sparse(q, k, v, layout, scale=scale, tiles=tiles, **_whole(q))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale"))
+def _dense(q, k, v, layout, *, entry, tiles, scale) -> Array:
+    return entry.dense(q, k, v, scale=scale, tiles=tiles, **_whole(q))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale", "capacities", "slash_granularity"))
+def _index(q, k, *, pattern, entry, tiles, scale, capacities, slash_granularity) -> SparseLayout:
+    sizes = {"max_num_blocks": capacities.num_blocks, "max_num_columns": capacities.num_columns}
+    how: dict[str, Any] = {
+        "scale": scale,
+        "tiles": tiles,
+        "slash_granularity": slash_granularity,
+        "kernels": entry.estimate,
+    }
+    return build_layout(q, k, pattern, **sizes, **how, **_whole(q))
+
+
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale"))
+def _mass(q, k, *, entry, tiles, scale) -> tuple[Array, Array]:
+    rows, positions = estimate.last_queries(q, **_whole(q))
+    return entry.estimate.attention_mass(rows, k, positions, scale=scale)
+
+
+def timed(calls: dict[str, tuple[int, Callable[[], Any]]]) -> dict[str, list[float]]:
+    """Milliseconds of so many runs of each call, taken in turn after one run that warms up."""
+    for _, call in calls.values():
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append((time.perf_counter() - start) * 1e3)
+    for i in range(max(repeats for repeats, _ in calls.values())):
+        for name, (repeats, call) in calls.items():
+            if i < repeats:
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
-def run(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3) -> Iterator[dict[str, Any]]:
-    """Checks and times every case at every length; yields one record each, as soon as it is measured."""
-    for case in CASES:
-        error = check(case)
-        for length in lengths:
-            q, k, v = activations(case, length)
-            sparse, share = sparse_call(case, length)
-            dense = jax.jit(dense_attention)
-            times = timed({"dense": lambda: dense(q, k, v), "sparse": lambda: sparse(q, k, v)}, repeats)  # noqa: B023
-            middle = {name: statistics.median(values) for name, values in times.items()}
-            flops = 4 * case.head_dim * case.num_heads * length * (length + 1) / 2 * share
-            yield record(
-                suite="attention",
-                case=case.name,
-                implementation="xla",
-                length=length,
-                batch=1,
-                num_heads=case.num_heads,
-                num_kv_heads=case.num_kv_heads,
-                head_dim=case.head_dim,
-                dtype="float32",
-                density=share,
-                ms=middle["sparse"],
-                ms_spread=[min(times["sparse"]), max(times["sparse"])],
-                baseline="dense_attention, xla",
-                baseline_ms=middle["dense"],
-                ratio=middle["sparse"] / middle["dense"],
-                tflops_kept=flops / middle["sparse"] / 1e9,
-                error=error,
-            )
+def _shape(case: Case) -> tuple:
+    return case.num_heads, case.num_kv_heads, case.head_dim, case.dtype
+
+
+def _described(case: Case, length: int, tiles: TileConfig, estimated: bool) -> dict[str, Any]:
+    """The fields of a record that say what was measured."""
+    sizes = case.sizes_at(length, tiles)
+    has_slashes = isinstance(sizes.pattern, VerticalSlash | AShape)
+    return {
+        "suite": "attention",
+        "case": case.name,
+        "pattern": describe(sizes, tiles, constructed=not estimated),
+        "slash_granularity": case.slash_granularity if has_slashes else None,
+        "lists": "activations" if estimated else "constructed",
+        "tiles": "x".join(map(str, (tiles.block_q, tiles.block_kv, tiles.num_warps, tiles.num_stages))),
+        "length": length,
+        "batch": 1,
+        "num_heads": case.num_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "head_dim": case.head_dim,
+        "dtype": case.dtype,
+    }
+
+
+def _figures(case: Case, length: int, times: dict[str, list[float]], share: float) -> dict[str, Any]:
+    """The fields of a record that come from times and density."""
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    parts = [times[name] for name in ("index", "kernel") if name in times]
+    total = sum(statistics.median(values) for values in parts)
+    flops = 4 * case.head_dim * case.num_heads * length * (length + 1) / 2
+    return {
+        "density": share,
+        "ms": total,
+        "ms_spread": [sum(map(min, parts)), sum(map(max, parts))],
+        "estimate_ms": middle.get("mass"),
+        "index_ms": middle.get("index"),
+        "kernel_ms": middle["kernel"],
+        "baseline_ms": middle["baseline"],
+        "ratio": total / middle["baseline"],
+        "tflops_kept": flops * share / middle["kernel"] / 1e9,
+        "tflops_baseline": flops / middle["baseline"] / 1e9,
+    }

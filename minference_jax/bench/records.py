@@ -13,12 +13,24 @@ from typing import Any
 import jax
 import jaxlib
 
+from minference_jax.implementations import device_of
+
 FIELDS = (
-    *("suite", "case", "implementation", "length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype"),
-    *("density", "ms", "ms_spread", "baseline", "baseline_ms", "ratio", "tflops_kept", "error", "peak_bytes"),
-    *("joules", "device", "driver", "jax", "jaxlib", "commit", "date"),
+    *("suite", "case", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
+    *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype"),
+    *("density", "ms", "ms_spread", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
+    *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "joules"),
+    *("device", "driver", "jax", "jaxlib", "commit", "date"),
 )
-"""The same in every suite; null where a thing was not measured. ratio = ms / baseline_ms; ms_spread = [least, most]."""
+"""The same in every suite; null where a thing was not measured.
+
+ms = index_ms + kernel_ms, medians; ms_spread = [least, most]; estimate_ms is the part of index_ms that sums attention
+mass; ratio = ms / baseline_ms. tflops_kept is the work of the kept tiles over kernel_ms (over ms where that is null),
+tflops_baseline that of causal attention over baseline_ms. lists: "constructed", or "activations" = estimated from saved
+ones; null = constructed. tiles: queries x keys x warps x stages. error: the largest absolute in float32, the relative
+Frobenius norm over a query tile in half precision. peak_bytes: most device memory that inputs, index and kernel took;
+null where an earlier measurement of the process took more.
+"""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -31,6 +43,23 @@ def device_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or '?'} cores"
+
+
+def driver() -> str | None:
+    """The driver's version where jax computes on an NVIDIA GPU; None elsewhere, or where it is not said."""
+    if device_of().platform != "cuda":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] if said else None
+
+
+def peak_bytes() -> int | None:
+    """Most bytes in use at a time on jax's device since the process began; None where the device does not count."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def commit() -> str | None:
@@ -47,16 +76,15 @@ def record(**measured: Any) -> dict[str, Any]:
     """A complete record.
 
     Args:
-      measured: fields of ``FIELDS``; what is not given is null, device, versions, commit and date are added.
+      measured: fields of ``FIELDS``; what is not given is null; device, driver, versions, commit and date are added.
 
     Raises:
       ValueError: a name is not in ``FIELDS``.
     """
-    unknown = set(measured) - set(FIELDS)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}; a record has {', '.join(FIELDS)}")
+    _refuse_unknown(measured)
     made = {
         "device": device_name(),
+        "driver": driver(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "commit": commit(),
@@ -67,8 +95,21 @@ def record(**measured: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    """All records of a file of JSON lines; fields that an older one does not have are null.
+
+    Raises:
+      ValueError: a record has a field that is not in ``FIELDS``.
+    """
+    records = [json.loads(line) for line in path.read_text().splitlines() if line]
+    for one in records:
+        _refuse_unknown(one)
+    return [{name: one.get(name) for name in FIELDS} for one in records]
+
+
+def _refuse_unknown(one: dict[str, Any]) -> None:
+    unknown = set(one) - set(FIELDS)
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}; a record has {', '.join(FIELDS)}")
 
 
 def append(path: Path, one: dict[str, Any]) -> None:
@@ -78,30 +119,91 @@ def append(path: Path, one: dict[str, Any]) -> None:
         file.write(json.dumps(one) + "\n")
 
 
+BASELINES = {
+    "dense_attention, xla": "this library's own dense attention",
+    "jax.nn.dot_product_attention, cudnn": "causal cuDNN through `jax.nn.dot_product_attention`",
+}
+
+
+def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Records of the attention suite by device and commit, each group by case and length; of equals the newest."""
+    found: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+    for one in records:
+        if one["suite"] == "attention":
+            same = ("case", "lists", "implementation", "tiles", "length")
+            group = found.setdefault((one["device"], one["commit"]), {})
+            group[tuple(one[name] for name in same)] = one
+    in_order = []
+    for group in found.values():
+        cases = [key[:-1] for key in group]
+        in_order.append([group[key] for key in sorted(group, key=lambda key: (cases.index(key[:-1]), key[-1]))])
+    return in_order
+
+
 def attention_table(records: Iterable[dict[str, Any]]) -> str:
-    """Markdown: one row per record of the attention suite, and below it where and with what they were measured."""
-    rows = [record for record in records if record["suite"] == "attention"]
-    if not rows:
-        return "Nothing is recorded for this release yet."
-    lines = [
-        "| tokens | case | density | dense, ms | sparse, ms | dense : sparse |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row['length']:,} | {row['case']} | {row['density']:.2f} | {row['baseline_ms']:.0f} | {row['ms']:.0f} "
-        f"| {row['baseline_ms'] / row['ms']:.2f} |"
-        for row in rows
-    ]
-    first, *_ = rows
-    lines.append("")
-    lines.append(
+    """Markdown: for each device and commit a table of the attention suite, and below it where and with what.
+
+    Columns that no row of a table has are left out.
+    """
+    tables = ["\n".join((*_rows(group), "", _caption(group))) for group in groups(records)]
+    return "\n\n".join(tables) or "Nothing is recorded for this release yet."
+
+
+def _rows(group: Sequence[dict[str, Any]]) -> list[str]:
+    columns = {
+        "tokens": [f"{row['length']:,}" for row in group],
+        "case": [_label(row) for row in group],
+        "density": [f"{row['density']:.2f}" if row["density"] >= 0.1 else f"{row['density']:.3f}" for row in group],
+        "dense, ms": [_milliseconds(row["baseline_ms"]) for row in group],
+        "sparse, ms": [_milliseconds(row["ms"]) for row in group],
+        "of it kernel, ms": [_milliseconds(row["kernel_ms"]) for row in group],
+        "dense : sparse": [f"{row['baseline_ms'] / row['ms']:.2f}" for row in group],
+        "kernel's rate : dense's": [
+            f"{row['tflops_kept'] / row['tflops_baseline']:.2f}" if row["tflops_baseline"] else "" for row in group
+        ],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _label(row: dict[str, Any]) -> str:
+    parts = [row["case"]]
+    if row["pattern"] not in (None, row["case"]):
+        parts.append(row["pattern"])
+    if row["lists"] == "activations":
+        parts.append("estimated lists")
+    return "; ".join(parts)
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}"
+
+
+def _caption(group: Sequence[dict[str, Any]]) -> str:
+    first = group[0]
+    shape = (
         f"Attention of {first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
-        f"{first['dtype']}, implementation `{first['implementation']}`. Times of sparse hold estimate, layout and "
-        "kernel; the kernel reads constructed lists of the stated kind, not those that were estimated. Medians on "
-        f"{first['device']}; jax {first['jax']}, commit {first['commit']}, {first['date']}. The baseline is this "
-        "library's own dense attention."
+        f"{first['dtype']}"
     )
-    return "\n".join(lines)
+    names = ("num_heads", "num_kv_heads", "head_dim", "dtype")
+    if any(row[name] != first[name] for row in group for name in names):
+        shape += " where the case says nothing else"
+    implementations = " and ".join(f"`{name}`" for name in dict.fromkeys(row["implementation"] for row in group))
+    baselines = " and ".join(BASELINES.get(name, name) for name in dict.fromkeys(row["baseline"] for row in group))
+    lists = "the kernel reads constructed lists of the stated kind, not those that were estimated"
+    if any(row["lists"] == "activations" for row in group):
+        lists += ", unless the case says so"
+    rate = ""
+    if any(row["tflops_baseline"] for row in group):
+        rate = " The last column compares TFLOP/s, the kernel's on the tiles that it keeps."
+    return (
+        f"{shape}, implementation {implementations}. Times of sparse hold estimate, layout and kernel; {lists}.{rate} "
+        f"Medians on {first['device']}; jax {first['jax']}, commit {first['commit']}, {first['date']}. "
+        f"The baseline is {baselines}."
+    )
 
 
 def with_results(text: str, tables: Sequence[str]) -> str:

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from minference_jax.bench import attention
+from minference_jax.bench.attention import Bench
+from minference_jax.bench.inputs import read_activations
+from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.records import append
+from minference_jax.kernels.tiles import TileConfig
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints each record as a JSON line as soon as it is measured, and appends it to the file where one is named."""
-    for record in attention.run(tuple(arguments.lengths or attention.LENGTHS), arguments.repeats):
+    """Prints each record as a JSON line as soon as it is measured, and appends it to the file where one is named.
+
+    What does not fit the device or is wrong is said in one sentence each, and the other cases go on.
+
+    Raises:
+      SystemExit: with code 1, where there was any of that.
+    """
+    sizes = ("block_q", "block_kv", "num_warps", "num_stages")
+    bench = Bench(
+        implementation=arguments.implementation,
+        tiles=None if arguments.tiles is None else TileConfig(**dict(zip(sizes, arguments.tiles, strict=True))),
+        repeats=arguments.repeats,
+        baseline_repeats=arguments.baseline_repeats,
+        activations=None if arguments.activations is None else read_activations(Path(arguments.activations)),
+    )
+    failed = False
+    for case, length in bench.plan(arguments.cases, arguments.lengths):
+        try:
+            record = bench.measure(case, length)
+        except (MemoryError, WrongResult) as error:
+            failed = True
+            print(f"minference-jax: error: {error}", file=sys.stderr, flush=True)
+            continue
         print(json.dumps(record), flush=True)
         if arguments.output is not None:
             append(Path(arguments.output), record)
+    if failed:
+        raise SystemExit(1)

@@ -11,12 +11,12 @@ from pathlib import Path
 from minference_jax.cli.parser import UsageError, build_parser
 
 PROGRAM = "minference-jax"
-MISTAKE, INTERRUPTED = 2, 130  # exit codes
+TOO_BIG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 _PACKAGE = Path(__file__).parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and gives its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
+    """Runs the command line; exit code 0, 1 for too little memory, 2 for a user's mistake, 130 after Ctrl-C.
 
     Args:
         argv: arguments without the program's name; None = those of this process.
@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
+    except MemoryError as error:
+        print(f"{PROGRAM}: error: {error or 'there is not enough memory'}", file=sys.stderr)
+        return TOO_BIG
     except (UsageError, ValueError, NotImplementedError, OSError) as error:
         if not _is_users_mistake(error):
             raise

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
             prompt.tokens,
             attention=attention.name,
             pattern=attention.pattern,
+            slash_granularity=attention.slash_granularity,
             implementation=arguments.implementation,
         )
         jax.block_until_ready(prefilled)

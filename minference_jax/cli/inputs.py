@@ -13,6 +13,7 @@ from minference_jax.cli.progress import ByteBars, wants_bars
 from minference_jax.convert.default_model import MODEL_NAME
 from minference_jax.convert.hf_tokenizer import import_transformers
 from minference_jax.generate import LanguageModel
+from minference_jax.index import SlashGranularity
 from minference_jax.loading import load
 from minference_jax.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
 
@@ -38,11 +39,12 @@ class Prompt(NamedTuple):
 
 
 class ChosenAttention(NamedTuple):
-    """What `LanguageModel.prefill` takes as attention and pattern, and how to call it in a report."""
+    """What `LanguageModel.prefill` takes to choose attention, and how to call it in a report."""
 
     name: str
     pattern: HeadPattern | None
     description: str
+    slash_granularity: SlashGranularity = "line"
 
 
 def model_name(arguments: argparse.Namespace) -> str:
@@ -60,7 +62,8 @@ def load_model(arguments: argparse.Namespace) -> LanguageModel:
         raise ValueError(f"--pattern goes with --attention minference, not with {arguments.attention}")
     import_transformers().logging.set_verbosity_error()  # its advice is for programmers
     with ByteBars(wants_bars(arguments.progress)) as progress:
-        return load(arguments.model, dtype=arguments.dtype, patterns=arguments.pattern, progress=progress)
+        options = {"dtype": arguments.dtype, "patterns": arguments.pattern, "tiles": arguments.tiles}
+        return load(arguments.model, **options, progress=progress)
 
 
 def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:
@@ -70,11 +73,14 @@ def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:
         ValueError: a size that the attention does not have.
     """
     name = arguments.attention
+    granularity = arguments.slash_granularity
+    if granularity is not None and name not in ("minference", "auto", "vertical_slash"):
+        raise ValueError(f"--slash-granularity does not go with --attention {name}")
     given = {size: getattr(arguments, size) for size in _SIZES if getattr(arguments, size) is not None}
     if name not in _UNIFORM:
         if given:
             raise ValueError(f"--{next(iter(given)).replace('_', '-')} does not go with --attention {name}")
-        return ChosenAttention(name, None, name)
+        return ChosenAttention(name, None, name, granularity or "line")
     kind, function = _UNIFORM[name]
     defaults = {
         size: parameter.default
@@ -84,7 +90,7 @@ def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:
     if foreign := [size for size in given if size not in defaults]:
         raise ValueError(f"--{foreign[0].replace('_', '-')} does not go with --attention {name}")
     pattern = kind(**(defaults | given))
-    return ChosenAttention(name, pattern, f"{pattern} for every head")
+    return ChosenAttention(name, pattern, f"{pattern} for every head", granularity or "line")
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:

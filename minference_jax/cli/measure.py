@@ -14,11 +14,11 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from minference_jax.cli.inputs import ChosenAttention
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.generate.streaming import decode_text
 from minference_jax.implementations import IMPLEMENTATIONS
-from minference_jax.patterns import HeadPattern
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax reports it when a program is compiled
 
@@ -83,8 +83,10 @@ class _Runner:
 
     result: PrefillResult  # of the last call
 
-    def __init__(self, model: LanguageModel, tokens: Sequence[int], attention: str, pattern: HeadPattern | None):
-        self._model, self._tokens, self._options = model, tokens, {"attention": attention, "pattern": pattern}
+    def __init__(self, model: LanguageModel, tokens: Sequence[int], attention: ChosenAttention):
+        self._model, self._tokens = model, tokens
+        self._options = {"attention": attention.name, "pattern": attention.pattern}
+        self._options |= {"slash_granularity": attention.slash_granularity}
         self.implementation = ""
         self.compile_seconds: float | None = None
         self.seconds: list[float] = []
@@ -139,8 +141,7 @@ def compare(
     model: LanguageModel,
     tokens: Sequence[int],
     *,
-    attention: str,
-    pattern: HeadPattern | None,
+    attention: ChosenAttention,
     implementation: str | None,
     max_new_tokens: int,
     repeats: int,
@@ -154,7 +155,7 @@ def compare(
     Args:
         model: reads and answers.
         tokens: of the prompt.
-        attention, pattern: as in `LanguageModel.prefill`.
+        attention: the other.
         implementation: of both; None = for each the first that can.
         max_new_tokens: most greedy tokens to make.
         repeats: timed runs of each.
@@ -163,9 +164,9 @@ def compare(
     Raises:
         ValueError, NotImplementedError: as in `LanguageModel.prefill`.
     """
-    dense = _Runner(model, tokens, "dense", None)
-    sparse = _Runner(model, tokens, attention, pattern)
-    runners = {"dense": dense, attention if attention != "dense" else "dense again": sparse}
+    dense = _Runner(model, tokens, ChosenAttention("dense", None, "dense"))
+    sparse = _Runner(model, tokens, attention)
+    runners = {"dense": dense, attention.name if attention.name != "dense" else "dense again": sparse}
     with Steps(2 * (repeats + 2), show_progress) as steps:
         for name, runner in runners.items():
             with steps.step(f"compile {name}"):
@@ -176,7 +177,7 @@ def compare(
                     runner.run()
         with steps.step("decode dense"):
             dense_tokens = _greedy(model, dense.result, max_new_tokens, at_least=1)
-        with steps.step(f"decode {attention}"):
+        with steps.step(f"decode {attention.name}"):
             sparse_tokens = _greedy(model, sparse.result, max_new_tokens, at_least=len(dense_tokens))
     return _side_by_side(model, (dense, dense_tokens), (sparse, sparse_tokens))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-ATTENTION_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse", "dense")
+ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     "checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one; "
@@ -49,6 +49,7 @@ def build_parser(program: str) -> Parser:
     _add_convert(commands)
     _add_patterns(commands)
     _add_bench(commands)
+    _add_autotune(commands)
     return parser
 
 
@@ -117,9 +118,46 @@ def _add_bench(commands: Any) -> None:
     )
     parser.set_defaults(module="bench_command")
     parser.add_argument("suite", choices=("attention",), help="attention: one layer at several lengths")
-    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens (4096 8192 16384 32768)")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
+    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="those so named, or with this in their names (all)")
+    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens (those of each case)")
+    parser.add_argument("--implementation", metavar="NAME", help="triton or xla; without it the first that can")
+    parser.add_argument(
+        "--tiles",
+        type=four_sizes,
+        metavar="BLOCK_Q,BLOCK_KV,WARPS,STAGES",
+        help="tile sizes in tokens, warps of a GPU program, stages of its pipeline; without it those that suit",
+    )
+    parser.add_argument(
+        "--activations", metavar="FILE", help="q, k and v of one layer (.npz), whose estimated lists are then read"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, metavar="N", help="timed runs, after one that warms (3; on a GPU 8 below 256K)"
+    )
+    parser.add_argument(
+        "--baseline-repeats", type=positive, metavar="N", help="of dense attention (as --repeats; on a GPU 1 at 1M)"
+    )
     parser.add_argument("--output", metavar="FILE", help="append the records to this file of JSON lines")
+
+
+def _add_autotune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "autotune",
+        help="find the fastest tile sizes on this machine and store them",
+        description="Check tile sizes of sparse attention against the oracle, time them and store the fastest.",
+    )
+    parser.set_defaults(module="autotune_command")
+    parser.add_argument(
+        "--implementation", choices=("triton", "xla"), help="of the attention; without it the first that can"
+    )
+    parser.add_argument("--head-dim", type=positive, default=128, metavar="N", help="length of a head's vectors (128)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries, keys and values (bfloat16)")
+    parser.add_argument("--num-heads", type=positive, default=32, metavar="N", help="query heads (32)")
+    parser.add_argument("--num-kv-heads", type=positive, default=8, metavar="N", help="KV heads (8)")
+    parser.add_argument("--length", type=positive, default=32768, metavar="N", help="tokens (32768)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs, after one that warms (5)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="add the choice to this file; without it to the user's own, which models read"
+    )
 
 
 def _add_model(parser: Parser) -> None:
@@ -152,7 +190,8 @@ def _add_attention(parser: Parser) -> None:
         "--attention",
         choices=ATTENTION_NAMES,
         default="minference",
-        help="minference: each head by its pattern; else the same for every head (minference)",
+        help="minference: each head by its pattern; auto: the same where the prompt is long enough for it to pay, and "
+        "dense where it is not; else the same for every head (minference)",
     )
     group.add_argument("--pattern", metavar="FILE", help="pattern file for minference, instead of the model's own")
     for name, kind, unit in (
@@ -163,7 +202,13 @@ def _add_attention(parser: Parser) -> None:
         ("--num-blocks", "block_sparse", "blocks of 64 keys for every 64 queries"),
     ):
         group.add_argument(name, type=positive, metavar="N", help=f"of {kind}: {unit}")
+    group.add_argument(
+        "--slash-granularity",
+        choices=("line", "block"),
+        help="what vertical-slash heads keep: single distances, as published, or whole block diagonals (line)",
+    )
     group.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
+    group.add_argument("--tiles", metavar="FILE", help="measured tile sizes, from autotune; without it this user's own")
 
 
 def positive(text: str) -> int:
@@ -179,3 +224,15 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return number
+
+
+def four_sizes(text: str) -> tuple[int, ...]:
+    """Four integers of at least 1 with commas between them, for argparse.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    parts = text.split(",")
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} must be four integers with commas between them")
+    return tuple(map(positive, parts))

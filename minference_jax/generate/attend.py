@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from minference_jax.attention import dense_attention, sparse_attention
 from minference_jax.capacities import Capacities, capacities_for
+from minference_jax.implementations import Implementation
 from minference_jax.index import SlashGranularity
+from minference_jax.kernels.tiles import TileConfig
 from minference_jax.models import Attend
 from minference_jax.patterns import (
     AShape,
@@ -15,6 +19,7 @@ from minference_jax.patterns import (
     HeadPattern,
     ModelPatterns,
     PatternArrays,
+    PatternKind,
     VerticalSlash,
     uniform_patterns,
 )
@@ -24,8 +29,13 @@ _UNIFORM: dict[str, type[AShape] | type[VerticalSlash] | type[BlockSparse]] = {
     "vertical_slash": VerticalSlash,
     "block_sparse": BlockSparse,
 }
-ATTENTION_NAMES = ("minference", "dense", *_UNIFORM)
-"""What `attention` may be: the model's own patterns, exact attention, or one pattern for every head."""
+ATTENTION_NAMES = ("minference", "auto", "dense", *_UNIFORM)
+"""What `attention` may be: the model's own patterns, these where the prompt is long enough for them to pay and exact
+attention where it is not, exact attention, or one pattern for every head."""
+
+_PAYS_FROM = 8
+"""Prompts this many times as long as what an average head asks for: slashes come in runs with gaps, and tiles cover two
+to three times what was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,7 @@ class SparseAttend:
     implementation: str | None
     slash_granularity: SlashGranularity
     capacities: Capacities
+    tiles: TileConfig | None
 
     def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> Any:
         return sparse_attention(
@@ -61,6 +72,7 @@ class SparseAttend:
             max_num_blocks=self.capacities.num_blocks,
             max_num_columns=self.capacities.num_columns,
             implementation=self.implementation,
+            tiles=self.tiles,
         )
 
 
@@ -71,15 +83,17 @@ def choose_attend(
     patterns: ModelPatterns,
     slash_granularity: SlashGranularity,
     implementation: str | None,
+    tiles: TileConfig | None,
 ) -> tuple[Attend, PatternArrays | None]:
     """How to attend, static and hashable, and the pattern arrays [L, N] that go in as data.
 
     Args:
-        attention: one of `ATTENTION_NAMES`.
+        attention: one of `ATTENTION_NAMES`, "auto" resolved.
         pattern: sizes of a uniform pattern; for "minference", other patterns than the model's; None for "dense".
         patterns: the model's own.
         slash_granularity: "line" or "block", as in `sparse_attention`.
         implementation: of the attention; None = the first that can.
+        tiles: of sparse attention; None = those that suit the device.
 
     Raises:
         ValueError: an unknown name, or a pattern that does not belong to it.
@@ -102,5 +116,39 @@ def choose_attend(
             raise ValueError(f"{attention=} needs pattern={kind.__name__}(...) with its sizes, got {pattern!r}")
         patterns = uniform_patterns(*shape, pattern)
     capacities = capacities_for(patterns.max_num_blocks, patterns.max_num_columns)
-    attend = SparseAttend(implementation=implementation, slash_granularity=slash_granularity, capacities=capacities)
+    attend = SparseAttend(
+        implementation=implementation, slash_granularity=slash_granularity, capacities=capacities, tiles=tiles
+    )
     return attend, patterns.arrays()
+
+
+def resolve_auto(
+    pattern: HeadPattern | ModelPatterns | None,
+    *,
+    patterns: ModelPatterns,
+    length: int,
+    implementation: Implementation,
+) -> tuple[str, ModelPatterns | None]:
+    """What "auto" stands for at a length: "minference" where it pays, else "dense", each with its pattern.
+
+    Args:
+        pattern: other patterns than the model's; None = the model's.
+        patterns: the model's own.
+        length: tokens that the prefill computes, padding included.
+        implementation: what would run sparse attention.
+
+    Raises:
+        ValueError: a pattern for one kind of head.
+    """
+    if not isinstance(pattern, ModelPatterns | None):
+        raise ValueError(f"attention='auto' takes ModelPatterns or None, got {pattern!r}")
+    sizes = (pattern or patterns).arrays()
+    kinds = PatternKind
+    asked = np.select(
+        [sizes.kind == kinds.VERTICAL_SLASH, sizes.kind == kinds.A_SHAPE, sizes.kind == kinds.BLOCK_SPARSE],
+        [sizes.vertical_size + sizes.slash_size, sizes.sink_size + sizes.window_size, sizes.num_blocks * 64],
+        default=length,
+    )
+    if length >= max(implementation.break_even, _PAYS_FROM * asked.mean()):
+        return "minference", pattern
+    return "dense", None

@@ -12,13 +12,15 @@ import numpy as np
 from flax import nnx
 
 from minference_jax.cache import KVCache, extend_cache, init_cache
-from minference_jax.generate.attend import choose_attend
+from minference_jax.generate.attend import choose_attend, resolve_auto
 from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.generate.sampling import Sampling, choose
 from minference_jax.generate.streaming import TextPieces, decode_text
+from minference_jax.implementations import device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
 from minference_jax.models import Attend, Llama
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
+from minference_jax.tile_table import TileTable
 
 
 class PrefillResult(NamedTuple):
@@ -58,6 +60,7 @@ class LanguageModel:
         tokenizer: of transformers; None = prompts and answers are token ids only.
         patterns: of every head, for attention="minference"; None = the documented default pattern for every head.
         stop_tokens: ids that end an answer; None = the tokenizer's end-of-sequence token.
+        tiles: measured tile sizes; None, and for a device that they do not hold, those that suit it by rule.
 
     Raises:
         ValueError: patterns for another number of layers or heads.
@@ -70,6 +73,7 @@ class LanguageModel:
         patterns: ModelPatterns | None = None,
         *,
         stop_tokens: Sequence[int] | None = None,
+        tiles: TileTable | None = None,
     ):
         self.config = model.config
         self.tokenizer = tokenizer
@@ -79,6 +83,7 @@ class LanguageModel:
             end = getattr(tokenizer, "eos_token_id", None)
             stop_tokens = () if end is None else (end,)
         self.stop_tokens = frozenset(int(token) for token in stop_tokens)
+        self.tiles = tiles or TileTable()
         self._graph, self._state = nnx.split(model)
 
     @property
@@ -123,7 +128,8 @@ class LanguageModel:
 
         Args:
             prompts: token ids of one prompt, or of several of any lengths.
-            attention: "minference" (every head by its pattern), "dense", or one pattern for every head: "a_shape",
+            attention: "minference" (every head by its pattern), "auto" (the same where the prompt is so long that it
+                pays, and "dense" where it is not), "dense", or one pattern for every head: "a_shape",
                 "vertical_slash", "block_sparse".
             pattern: the sizes of that one pattern; for "minference" the patterns to use, None = the model's.
             slash_granularity: what vertical-slash heads keep: "line", single distances as published, or "block", whole
@@ -134,16 +140,21 @@ class LanguageModel:
             ValueError: an empty prompt, one longer than the model can read, ids that are not its tokens, an unknown
                 attention or implementation, a pattern that does not fit.
             NotImplementedError: the named implementation can't do the call.
+            MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        attend, arrays = choose_attend(
-            attention,
-            pattern,
-            patterns=self.patterns,
-            slash_granularity=slash_granularity,
-            implementation=implementation,
-        )
-        return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+        tiles = None
+        if attention != "dense":
+            device, dtype = device_of(*jax.tree.leaves(self._state)[:1]), self.model.dtype
+            sparse = first_sparse(implementation, device, self.config.head_dim, dtype.itemsize)
+            tiles = self.tiles.find(device, sparse.name, self.config.head_dim, str(dtype))
+        if attention == "auto":
+            length = tokens.shape[1]
+            attention, pattern = resolve_auto(pattern, patterns=self.patterns, length=length, implementation=sparse)
+        how = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
+        attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, **how)
+        with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
+            return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
 
     def decode(
         self,

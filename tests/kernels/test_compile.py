@@ -1,67 +1,73 @@
 """GPU kernels compile for the cards that they are for, without spills, on machines that have no GPU too."""
 
 import functools
+import itertools
 import os
 
 import jax
 import jax.numpy as jnp
 import pytest
 from deviceless import CARDS, Case, available, compile_cases
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
+
+from minference_jax.kernels import mass_triton, select_triton, sparse_triton
+from minference_jax.kernels.layouts import SparseLayout
+from minference_jax.kernels.tiles import Device, TileConfig, triton_tiles
+
+LENGTH = 8192
 
 
-def _flash_kernel(lengths_ref, q_ref, k_ref, v_ref, out_ref, *, block_kv):
-    q = q_ref[...]
-
-    def step(j, carry):
-        acc, m, l = carry
-        here = pl.ds(j * block_kv, block_kv)
-        s = jnp.dot(q, k_ref[here, :].T, preferred_element_type=jnp.float32)
-        new_m = jnp.maximum(m, s.max(axis=1))
-        p = jnp.exp2(s - new_m[:, None])
-        alpha = jnp.exp2(m - new_m)
-        added = jnp.dot(p.astype(q.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
-        return acc * alpha[:, None] + added, new_m, l * alpha + p.sum(axis=1)
-
-    zeros = jnp.zeros(q.shape[:1], jnp.float32)
-    blocks = pl.cdiv(lengths_ref[pl.program_id(0)], block_kv)
-    acc, _, l = lax.fori_loop(0, blocks, step, (jnp.zeros(q.shape, jnp.float32), zeros - jnp.inf, zeros))
-    out_ref[...] = (acc / l[:, None]).astype(out_ref.dtype)
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def flash(lengths, q, k, v, *, block_q, block_kv, num_warps, num_stages=2):
-    heads, rows, head_dim = q.shape
-    queries = pl.BlockSpec((None, block_q, head_dim), lambda h, i: (h, i, 0))
-    keys = pl.BlockSpec((None, *k.shape[1:]), lambda h, i: (h, 0, 0))
-    return pl.pallas_call(
-        functools.partial(_flash_kernel, block_kv=block_kv),
-        grid=(heads, rows // block_q),
-        in_specs=[pl.BlockSpec(lengths.shape, lambda h, i: (0,)), queries, keys, keys],
-        out_specs=queries,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    )(lengths, q, k, v)
+def attend(q, k, v, layout, q_offset, kv_len, *, tiles):
+    where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles}
+    return sparse_triton.attention(q, k, v, layout, scale=0.1, **where)
 
 
-def flash_case(name, head_dim=128, dtype=jnp.bfloat16, **tiles):
-    array = jax.ShapeDtypeStruct((4, 4096, head_dim), dtype)
-    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
-    return Case(name, functools.partial(flash, **tiles), (lengths, array, array, array))
+def attention_case(name, tiles, head_dim, dtype, num_blocks=32):
+    """Attention of 8 heads over 2 KV heads with room for every kind of pattern."""
+    rows, heads = -(-LENGTH // tiles.block_q), (1, 8)
+    layout = SparseLayout(
+        offsets=array(*heads, LENGTH // tiles.block_kv + 3),
+        offset_counts=array(*heads),
+        columns=array(*heads, 512),
+        column_counts=array(*heads),
+        windows=array(*heads),
+        block_ids=array(*heads, rows, num_blocks),
+        block_counts=array(*heads, rows),
+    )
+    q, k = (array(1, LENGTH, n, head_dim, dtype=dtype) for n in (8, 2))
+    return Case(name, functools.partial(attend, tiles=tiles), (q, k, k, layout, array(1), array(1)))
 
 
-CASES = [
-    flash_case("64 by 64", block_q=64, block_kv=64, num_warps=4),
-    flash_case("64 by 64, head_dim 64, float16", 64, jnp.float16, block_q=64, block_kv=64, num_warps=4),
-    flash_case("128 by 64", block_q=128, block_kv=64, num_warps=8),
-]
-SPILLING = flash_case("far too few warps", block_q=128, block_kv=64, num_warps=2)
-TOO_LARGE = flash_case("far too large", block_q=256, block_kv=256, num_warps=8)
-NO_KERNEL = Case("no kernel", jnp.cumsum, CASES[0].arguments[1:2])
-COMPILED = [*CASES, SPILLING, TOO_LARGE, NO_KERNEL]
+def chosen(kind):
+    """Every kernel at every head_dim and dtype, with the tiles that are chosen for a card."""
+    capability = tuple(int(x) for x in CARDS[kind].capability.rstrip("a").split("."))
+    device = Device(platform="cuda", kind=CARDS[kind].name, compute_capability=capability)
+    for dtype, head_dim in [*itertools.product(("bfloat16", "float32"), (64, 80, 96, 128, 256)), ("float16", 128)]:
+        tiles = triton_tiles(device, head_dim, jnp.dtype(dtype).itemsize)
+        yield attention_case(f"attention, {dtype}, head_dim {head_dim}", tiles, head_dim, dtype)
+    yield attention_case("attention without listed blocks", triton_tiles(device, 128, 2), 128, "bfloat16", num_blocks=0)
+    for dtype, head_dim in itertools.product(("bfloat16", "float32"), (64, 128, 256)):
+        q, k = (array(1, n, heads, head_dim, dtype=dtype) for n, heads in ((64, 8), (LENGTH, 2)))
+        mass = functools.partial(mass_triton.attention_mass, scale=0.1)
+        yield Case(f"mass, {dtype}, head_dim {head_dim}", mass, (q, k, array(1, 64)))
+    for size in (600, 1 << 20):
+        yield Case(f"top k of {size}", select_triton.top_k_mask, (array(8, size, dtype=jnp.float32), array(8)))
 
-each_case = pytest.mark.parametrize("name", [case.name for case in CASES])
+
+def with_tiles(name, **sizes):
+    return attention_case(name, TileConfig(**sizes), 128, "bfloat16")
+
+
+SPILLING = with_tiles("far too few warps", block_q=128, block_kv=64, num_warps=2)
+TOO_LARGE = with_tiles("far too large", block_q=256, block_kv=256, num_warps=8)
+NO_KERNEL = Case("no kernel", jnp.cumsum, (array(4),))
+CASES_A100, CASES_H100 = ([*chosen(kind), SPILLING, TOO_LARGE, NO_KERNEL] for kind in CARDS)
+CASES = [case.name for case in CASES_H100[:-3]]
+
+each_case = pytest.mark.parametrize("name", CASES)
 
 
 @pytest.fixture(scope="module", params=CARDS)
@@ -75,7 +81,7 @@ def reports(kind):
         if os.environ.get("MINFERENCE_JAX_NEEDS_COMPILER"):  # set in the gate, where nothing of this may be skipped
             pytest.fail(reason)
         pytest.skip(reason)
-    return compile_cases(kind, __file__, "COMPILED")
+    return compile_cases(kind, __file__, f"CASES_{kind.upper()}")
 
 
 @each_case
@@ -87,8 +93,8 @@ def test_kernels_compile_without_spills_within_the_cards_shared_memory(reports, 
     assert 0 < report.shared_bytes <= CARDS[kind].shared_memory_limit
 
 
-@each_case
-def test_kernels_use_warpgroup_matrix_products_where_the_card_has_them(reports, kind, name):
+@pytest.mark.parametrize("name", [name for name in CASES if "float16" in name or "without" in name])
+def test_half_precision_runs_on_warpgroup_matrix_products_where_the_card_has_them(reports, kind, name):
     assert reports[name].wgmma == (kind == "h100")
 
 

@@ -1,0 +1,57 @@
+import pytest
+
+from minference_jax.generate.attend import choose_attend, resolve_auto
+from minference_jax.implementations import IMPLEMENTATIONS
+from minference_jax.patterns import AShape, BlockSparse, Dense, VerticalSlash, uniform_patterns
+
+TRITON = next(entry for entry in IMPLEMENTATIONS if entry.name == "triton")
+
+
+def auto(pattern, length, implementation=TRITON):
+    patterns = uniform_patterns(2, 4, pattern)
+    return resolve_auto(None, patterns=patterns, length=length, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    "pattern", [VerticalSlash(vertical_size=500, slash_size=700), AShape(), BlockSparse(num_blocks=9)]
+)
+def test_auto_is_dense_below_the_break_even_of_the_implementation(pattern):
+    assert auto(pattern, TRITON.break_even - 1) == ("dense", None)
+    assert auto(pattern, max(TRITON.break_even, 8 * (128 + 3968))) == ("minference", None)
+
+
+def test_auto_is_dense_until_the_prompt_is_eight_times_what_the_heads_ask_for():
+    large = VerticalSlash(vertical_size=1000, slash_size=6096)
+    assert auto(large, 8 * 7096 - 1) == ("dense", None)
+    assert auto(large, 8 * 7096) == ("minference", None)
+
+
+def test_auto_is_dense_where_every_head_is():
+    assert auto(Dense(), 1 << 20) == ("dense", None)
+
+
+def test_auto_judges_the_patterns_that_the_call_brings():
+    own, other = (uniform_patterns(2, 4, VerticalSlash(vertical_size=30, slash_size=n)) for n in (100, 100_000))
+    resolve = {"patterns": own, "length": TRITON.break_even, "implementation": TRITON}
+    assert resolve_auto(own, **resolve) == ("minference", own)
+    assert resolve_auto(other, **resolve) == ("dense", None)
+
+
+def test_auto_takes_patterns_of_a_model_and_of_no_single_kind():
+    with pytest.raises(ValueError, match="attention='auto' takes ModelPatterns or None, got VerticalSlash"):
+        resolve_auto(VerticalSlash(vertical_size=1, slash_size=1), patterns=None, length=1, implementation=TRITON)
+
+
+def test_capacities_follow_the_largest_heads():
+    how = {"slash_granularity": "line", "implementation": None, "tiles": None}
+    few, many, blocks = (
+        choose_attend("minference", None, patterns=uniform_patterns(1, 2, pattern), **how)[0].capacities
+        for pattern in (
+            AShape(sink_size=3),
+            VerticalSlash(vertical_size=3500, slash_size=1),
+            BlockSparse(num_blocks=300),
+        )
+    )
+    assert few.num_columns < many.num_columns >= 3500
+    assert few.num_blocks == many.num_blocks == 0
+    assert blocks.num_blocks >= 300
