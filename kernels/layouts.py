@@ -112,8 +112,10 @@ def tile_starts(q_offset: Array, q_len: int, tiles: TileConfig) -> Array:
 
 
 def count_above(lists: Array, bounds: Array) -> Array:
-    """How many entries of lists [B, N, C] lie above bounds [B, N, Tq] (broadcast): int32 [B, N, Tq]."""
-    return (lists[:, :, None, :] > bounds[..., None]).sum(axis=-1, dtype=jnp.int32)
+    """How many entries of descending lists [B, N, C] lie above bounds [B, N, Tq] (broadcast): int32 [B, N, Tq]."""
+    search = functools.partial(jnp.searchsorted, side="left", method="scan_unrolled")
+    bounds = jnp.broadcast_to(bounds, (*lists.shape[:2], bounds.shape[-1]))
+    return jax.vmap(jax.vmap(search))(-lists, -bounds).astype(jnp.int32)
 
 
 def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
@@ -131,6 +133,7 @@ def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: i
     """
     starts = tile_starts(q_offset, q_len, tiles)  # [B, Tq]
     blocks = count_above(layout.offsets, -(starts + tiles.block_kv)[:, None])
+    blocks = jnp.minimum(blocks, layout.offset_counts[..., None])
     columns = count_above(-layout.columns, -jnp.minimum(starts + tiles.block_q, kv_len[:, None])[:, None])
     keys = (blocks + layout.block_counts) * tiles.block_kv + columns
     return jnp.where((starts < kv_len[:, None])[:, None], keys, 0).astype(jnp.int32)

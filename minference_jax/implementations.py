@@ -101,7 +101,7 @@ def first_sparse(name: str | None, device: Device, head_dim: int, itemsize: int)
 def device_of(*arrays: Any) -> Device:
     """Where a computation on these arrays runs: where the first is, or on jax's default device where all are traced."""
     known = [x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
-    default = jax.config.jax_default_device
+    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if known:
         device = min(known[0].devices(), key=lambda device: device.id)
     elif isinstance(default, str):

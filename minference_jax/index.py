@@ -75,7 +75,7 @@ def build_layout(
         block_counts=blocks.block_counts,
     )
     # Scattered slashes on a short prompt can cost more tiles than dense: then dense is both cheaper and exact.
-    costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1
+    costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1 - 1e-6  # 1 but for its rounding
     return make_dense(layout, costs_dense & (pattern.kind == PatternKind.VERTICAL_SLASH), k.shape[1], tiles)
 
 

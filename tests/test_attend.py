@@ -13,7 +13,12 @@ def auto(pattern, length, implementation=TRITON):
 
 
 @pytest.mark.parametrize(
-    "pattern", [VerticalSlash(vertical_size=500, slash_size=700), AShape(), BlockSparse(num_blocks=9)]
+    "pattern",
+    [
+        VerticalSlash(vertical_size=500, slash_size=700),
+        AShape(sink_size=128, window_size=3968),
+        BlockSparse(num_blocks=9),
+    ],
 )
 def test_auto_is_dense_below_the_break_even_of_the_implementation(pattern):
     assert auto(pattern, TRITON.break_even - 1) == ("dense", None)
@@ -47,7 +52,7 @@ def test_capacities_follow_the_largest_heads():
     few, many, blocks = (
         choose_attend("minference", None, patterns=uniform_patterns(1, 2, pattern), **how)[0].capacities
         for pattern in (
-            AShape(sink_size=3),
+            AShape(sink_size=3, window_size=9),
             VerticalSlash(vertical_size=3500, slash_size=1),
             BlockSparse(num_blocks=300),
         )

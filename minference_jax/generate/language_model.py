@@ -269,7 +269,7 @@ class LanguageModel:
             if "" in tokens:
                 raise ValueError(f"prompt {tokens.index('')} is empty")
             tokens = [self.encode(text) for text in tokens]
-        how = {"slash_granularity": slash_granularity, "implementation": implementation}
+        how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation}
         prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)
         return self.complete(prefilled, **options)
 
