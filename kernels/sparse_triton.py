@@ -23,20 +23,17 @@ from minference_jax.kernels.tiles import TileConfig
 
 
 class _Blocks(NamedTuple):
-    """The blocks that programs read: a head's slash blocks, or in their place the ids that the tile lists.
+    """Blocks that programs read.
 
     Attributes:
-      offsets: int32 [B, N, C], block starts relative to the tile's start, descending, then -FAR.
+      starts: slash blocks as int32 [B, N, C], relative to the tile's start, descending, then -FAR; or listed blocks as
+        ids, int32 [B, N, Tq, C].
       bounds: int32 [B, N, Tq, 3], three places in a tile's list: blocks before the first and from the second to the
         third need a mask, those between need none, those from the third on are not read.
-      ids: int32 [B, N, Tq, C], or None where no head may list blocks.
-      is_listed: int32 [B, N, Tq], 1 where the tile reads ``ids`` and not ``offsets``.
     """
 
-    offsets: Array
+    starts: Array
     bounds: Array
-    ids: Array | None
-    is_listed: Array
 
 
 class _Columns(NamedTuple):
@@ -109,7 +106,7 @@ def attention(
         raise NotImplementedError(f"{head_dim=} must be a multiple of 16 from 16 to 256")
     if tiles.block_kv < 16:
         raise NotImplementedError(f"block_kv={tiles.block_kv} must be at least 16")
-    blocks = _blocks(layout, q_offset, kv_len, q_len, tiles)
+    slashes, listed = _blocks(layout, q_offset, kv_len, q_len, tiles)
     columns = _columns(k, v, layout, q_offset, kv_len, q_len, tiles)
 
     def per_head(x: Array) -> pl.BlockSpec:  # [B, N, ...], one head's part
@@ -120,13 +117,13 @@ def attention(
             (None, size, None, head_dim), lambda g, t, h, b: (b, 0, h if of_group else h * group_size + g, 0)
         )
 
-    inputs = (blocks, columns, layout.windows[..., None])
+    inputs = (slashes, listed, columns, layout.windows[..., None])
     lengths = jnp.stack([q_offset, kv_len], axis=-1)
     out, lse = pl.pallas_call(
         functools.partial(_attention_kernel, scale=scale, tiles=tiles),
         # Programs start in the order of the grid, its first axis fastest: the heads of a group share their keys in the
         # L2 cache, and the longest tiles start first.
-        grid=(group_size, blocks.bounds.shape[2], num_kv_heads, batch),
+        grid=(group_size, slashes.bounds.shape[2], num_kv_heads, batch),
         in_specs=[
             shared(q_len, of_group=False),
             shared(k.shape[1], of_group=True),
@@ -146,26 +143,23 @@ def attention(
     return out, lse.swapaxes(1, 2)
 
 
-def _blocks(layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: TileConfig) -> _Blocks:
+def _blocks(layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: TileConfig) -> tuple[_Blocks, _Blocks | None]:
+    """The slash blocks of every head, and the listed blocks of every tile, None where no head may list any."""
     block_q, block_kv = tiles.block_q, tiles.block_kv
     used = jnp.arange(layout.offsets.shape[-1]) < layout.offset_counts[..., None]
     offsets = jnp.where(used, layout.offsets, -FAR)
     starts = jnp.broadcast_to(tile_starts(q_offset, q_len, tiles)[:, None], layout.block_counts.shape)
-    total = count_above(offsets, -starts - block_kv)
+    is_real = starts < kv_len[:, None, None]
+    total = jnp.where(is_real, count_above(offsets, -starts - block_kv), 0)
     diagonal = jnp.minimum((offsets > 1 - block_kv).sum(axis=-1, dtype=jnp.int32)[..., None], total)
     inside = count_above(offsets, jnp.maximum(-starts, block_q - layout.windows[..., None]) - 1)
-    bounds = jnp.stack([diagonal, jnp.clip(inside, diagonal, total), total], axis=-1)
-    is_listed = layout.block_counts > 0
-    ids = layout.block_ids if layout.block_ids.shape[-1] else None
-    if ids is not None:
-        seen = (ids < (starts[..., None] + 1) // block_kv).sum(
-            axis=-1, dtype=jnp.int32
-        )  # by every row, as by the first
-        total = layout.block_counts
-        listed = jnp.stack([jnp.zeros_like(total), jnp.minimum(seen, total), total], axis=-1)
-        bounds = jnp.where(is_listed[..., None], listed, bounds)
-    is_real = starts < kv_len[:, None, None]
-    return _Blocks(offsets, jnp.where(is_real[..., None], bounds, 0), ids, is_listed.astype(jnp.int32))
+    slashes = _Blocks(offsets, jnp.stack([diagonal, jnp.clip(inside, diagonal, total), total], axis=-1))
+    if not layout.block_ids.shape[-1]:
+        return slashes, None
+    total = jnp.where(is_real, layout.block_counts, 0)
+    seen = layout.block_ids < (starts[..., None] + 1) // block_kv  # by every row, as by the first
+    inside = jnp.minimum(seen.sum(axis=-1, dtype=jnp.int32), total)
+    return slashes, _Blocks(layout.block_ids, jnp.stack([jnp.zeros_like(total), inside, total], axis=-1))
 
 
 def _columns(k, v, layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: TileConfig) -> _Columns | None:
@@ -239,7 +233,7 @@ def _add(acc: _Accumulator, q: tuple, keys: tuple, values: tuple, scale: float, 
 
 def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref, *, scale: float, tiles: TileConfig):
     """One program: a query tile of one head."""
-    blocks, columns, window_ref = inputs
+    slashes, listed, columns, window_ref = inputs
     block_q, block_kv = tiles.block_q, tiles.block_kv
     parts = head_parts(q_ref.shape[1])
     tile = pl.num_programs(1) - 1 - pl.program_id(1)
@@ -255,29 +249,26 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
         return q if sign == 1 else q * sign
 
     add = functools.partial(_add, q=tuple(load_q(part) for part in parts), scale=exponent_scale)
-    is_listed = blocks.is_listed[tile] > 0
-    masked, inside, end = (blocks.bounds[tile, i] for i in range(3))
 
-    def block_start(j):
-        if blocks.ids is None:
-            return start + blocks.offsets[j]
-        offset = blocks.offsets[jnp.minimum(j, blocks.offsets.shape[0] - 1)]
-        block = blocks.ids[tile, jnp.minimum(j, blocks.ids.shape[1] - 1)]
-        return jnp.where(is_listed, block * block_kv, start + offset)
+    def add_blocks(acc, bounds, block_start):
+        masked, inside, end = (bounds[tile, i] for i in range(3))
 
-    def add_edge(i, acc):
-        first = block_start(jnp.where(i < masked, i, i - masked + inside))
-        at = jnp.maximum(first, 0)
-        key = at + jnp.arange(block_kv)
-        load = functools.partial(pltriton.load, mask=(key < kv_len)[:, None], other=0.0)
-        k, v = (tuple(load(x.at[pl.ds(at, block_kv), part]) for part in parts) for x in (k_ref, v_ref))
-        key = jnp.where((key < first + block_kv) & (key < kv_len), key, FAR)
-        return add(acc, keys=k, values=v, seen=(row[:, None] >= key) & (row[:, None] - key < window))
+        def add_edge(i, acc):
+            first = block_start(jnp.where(i < masked, i, i - masked + inside))
+            at = jnp.maximum(first, 0)
+            key = at + jnp.arange(block_kv)
+            load = functools.partial(pltriton.load, mask=(key < kv_len)[:, None], other=0.0)
+            k, v = (tuple(load(x.at[pl.ds(at, block_kv), part]) for part in parts) for x in (k_ref, v_ref))
+            key = jnp.where((key < first + block_kv) & (key < kv_len), key, FAR)
+            return add(acc, keys=k, values=v, seen=(row[:, None] >= key) & (row[:, None] - key < window))
 
-    def add_inner(j, acc):
-        at = pl.ds(block_start(j), block_kv)
-        k, v = (tuple(x[at, part] for part in parts) for x in (k_ref, v_ref))
-        return add(acc, keys=k, values=v, seen=None)
+        def add_inner(j, acc):
+            at = pl.ds(block_start(j), block_kv)
+            k, v = (tuple(x[at, part] for part in parts) for x in (k_ref, v_ref))
+            return add(acc, keys=k, values=v, seen=None)
+
+        acc = lax.fori_loop(0, masked + end - inside, add_edge, acc)
+        return lax.fori_loop(masked, inside, add_inner, acc) if k_ref.shape[0] >= block_kv else acc
 
     def add_columns(i, acc):
         at = pl.ds(i * block_kv, block_kv)
@@ -297,9 +288,9 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
         jnp.zeros((block_q,), jnp.float32),
         tuple(jnp.zeros((block_q, part.size), jnp.float32) for part in parts),
     )
-    acc = lax.fori_loop(0, masked + end - inside, add_edge, acc)
-    if k_ref.shape[0] >= block_kv:
-        acc = lax.fori_loop(masked, inside, add_inner, acc)
+    acc = add_blocks(acc, slashes.bounds, lambda j: start + slashes.starts[j])
+    if listed is not None:
+        acc = add_blocks(acc, listed.bounds, lambda j: listed.starts[tile, j] * block_kv)
     if columns is not None:
         acc = lax.fori_loop(0, (columns.counts[tile] + block_kv - 1) // block_kv, add_columns, acc)
     is_real = (row < kv_len) & (acc.total > 0)

@@ -90,7 +90,7 @@ def _tiles(block_q: int, block_kv: int, num_warps: int, num_stages: int) -> Tile
 
 TRITON_TILES = {
     2: ((128, _tiles(64, 64, 4, 2)), (256, _tiles(64, 64, 8, 2)), (256, _tiles(64, 32, 8, 2))),
-    4: ((64, _tiles(32, 32, 4, 2)), (128, _tiles(32, 16, 4, 2)), (256, _tiles(32, 16, 8, 2))),
+    4: ((64, _tiles(32, 32, 4, 2)), (256, _tiles(32, 16, 8, 2))),
 }
 """Tiles of the Triton kernel by bytes of an element, each up to a head_dim: none of them spills registers.
 

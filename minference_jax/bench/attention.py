@@ -45,6 +45,8 @@ CHECK_LENGTH = 1024
 FEW_REPEATS_FROM, BASELINE_ONCE_FROM, ONE_REPEAT_FROM = 1 << 18, 1 << 18, 1 << 20
 """Tokens from which a GPU is timed less often, from which cases of one shape share their baseline's times, and from
 which a GPU's baseline is timed once."""
+WARM_SECONDS = 0.3
+"""Of each call on a GPU before it is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Bench:
                 run[name] = (repeats, functools.partial(call, *qkv[:2]))
         if key not in self._baselines:
             run["baseline"] = (of_baseline, lambda: baseline(*qkv))
-        times = timed(run)
+        times = timed(run, in_turn=not on_gpu)
         if key in self._baselines:
             times["baseline"] = self._baselines[key]
         elif length >= BASELINE_ONCE_FROM:
@@ -282,18 +284,35 @@ def _mass(q, k, *, entry, tiles, scale) -> tuple[Array, Array]:
     return entry.estimate.attention_mass(rows, k, positions, scale=scale)
 
 
-def timed(calls: dict[str, tuple[int, Callable[[], Any]]]) -> dict[str, list[float]]:
-    """Milliseconds of so many runs of each call, taken in turn after one run that warms up."""
+def timed(calls: dict[str, tuple[int, Callable[[], Any]]], *, in_turn: bool) -> dict[str, list[float]]:
+    """Milliseconds of so many runs of each call.
+
+    Args:
+      calls: how often each is timed, and the call.
+      in_turn: one run of each after another, after one that warms up: for CPUs, whose speed drifts. Else each call for
+        itself, after ``WARM_SECONDS`` of it: a GPU runs slower after a call that took more power.
+    """
     for _, call in calls.values():
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(max(repeats for repeats, _ in calls.values())):
-        for name, (repeats, call) in calls.items():
-            if i < repeats:
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                times[name].append((time.perf_counter() - start) * 1e3)
+    if in_turn:
+        for i in range(max(repeats for repeats, _ in calls.values())):
+            for name, (repeats, call) in calls.items():
+                if i < repeats:
+                    times[name].append(_milliseconds(call))
+        return times
+    for name, (repeats, call) in calls.items():
+        end = time.perf_counter() + WARM_SECONDS
+        while time.perf_counter() < end and repeats > 1:
+            jax.block_until_ready(call())
+        times[name] = [_milliseconds(call) for _ in range(repeats)]
     return times
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return (time.perf_counter() - start) * 1e3
 
 
 def _shape(case: Case) -> tuple:

@@ -185,7 +185,7 @@ def describe(tiles: TileConfig) -> str:
 
 def _medians(runs: Sequence[Run], repeats: int) -> list[float]:
     """Milliseconds of each, all timed in turn."""
-    times = timed({str(index): (repeats, run) for index, run in enumerate(runs)})
+    times = timed({str(index): (repeats, run) for index, run in enumerate(runs)}, in_turn=True)
     return [statistics.median(values) for values in times.values()]
 
 
