@@ -48,7 +48,7 @@ IMPLEMENTATIONS = (
         sparse_triton.dense,
         sparse_triton.attention,
         TRITON_ESTIMATE,
-        break_even=32768,
+        break_even=16384,
         min_q_len=16,
     ),
     Implementation("xla", xla_tiles, flash_xla.attention, sparse_xla.attention, break_even=8192),

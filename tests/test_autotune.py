@@ -45,7 +45,7 @@ def tune(monkeypatch):
             out, lse = reference.attention(q, k, v, mask, scale=scale)
             return out + fault, lse
 
-        def timed(calls):
+        def timed(calls, *, in_turn):
             tiles = {name: run.keywords["tiles"] for name, (_, run) in calls.items()}
             return {name: [next(clocks[one])] * calls[name][0] for name, one in tiles.items()}
 
@@ -147,7 +147,7 @@ def test_lists_of_short_prompts_keep_a_quarter_of_the_distances():
 
 @pytest.mark.slow
 def test_every_candidate_of_the_pure_jax_kernel_gives_the_right_result(monkeypatch):
-    monkeypatch.setattr(autotune, "timed", lambda calls: {name: [1.0] for name in calls})
+    monkeypatch.setattr(autotune, "timed", lambda calls, in_turn: {name: [1.0] for name in calls})
     *trials, chosen = autotune.autotune(implementation="xla", **SHAPE)
     assert {one.tiles for one in trials} == set(candidates(H100, "xla", 16, 4))
     assert [one.reason for one in trials] == [None] * len(trials)
