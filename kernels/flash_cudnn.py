@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -36,7 +38,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, kv_len: Array | Non
     Returns:
       out [B, T, N, H] in q's dtype; padding gives zeros.
     """
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if kv_len is not None:
         lengths = {"query_seq_lengths": jnp.minimum(kv_len, q.shape[1]), "key_value_seq_lengths": kv_len}
     out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn", **lengths)

@@ -190,7 +190,8 @@ def make_dense(layout: SparseLayout, heads: Array, kv_capacity: int, tiles: Tile
     Returns:
       SparseLayout of the same shapes.
     """
-    dense = everything(*heads.shape, kv_capacity, kv_capacity, tiles)
+    batch, num_heads = heads.shape
+    dense = everything(batch, num_heads, kv_capacity, kv_capacity, tiles)
     room = [(0, 0), (0, 0), (0, layout.offsets.shape[-1] - dense.offsets.shape[-1])]
     offsets = jnp.pad(dense.offsets, room, constant_values=-FAR)
     return layout._replace(

@@ -109,7 +109,7 @@ def attention(
     slashes, listed = _blocks(layout, q_offset, kv_len, q_len, tiles)
     columns = _columns(k, v, layout, q_offset, kv_len, q_len, tiles)
 
-    def per_head(x: Array) -> pl.BlockSpec:  # [B, N, ...], one head's part
+    def per_head(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:  # [B, N, ...], one head's part
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda g, t, h, b: (b, h * group_size + g, *[0] * (x.ndim - 2)))
 
     def shared(size: int, of_group: bool) -> pl.BlockSpec:  # [B, T or S, N or K, H], one head's part
@@ -189,7 +189,7 @@ def _columns(k, v, layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: Ti
     return _Columns(k[at], v[at], positions, covers, counts)
 
 
-def head_parts(head_dim: int) -> list[pl.Slice]:
+def head_parts(head_dim: int) -> list[Any]:
     """Splits head_dim into powers of two, the largest first: sizes inside a kernel must be such."""
     parts, at = [], 0
     for bit in reversed(range(4, 9)):

@@ -153,6 +153,7 @@ def _rows(group: Sequence[dict[str, Any]]) -> list[str]:
     columns = {
         "tokens": [f"{row['length']:,}" for row in group],
         "case": [_label(row) for row in group],
+        "tiles": [_tiles(row["tiles"]) for row in group],
         "density": [f"{row['density']:.2f}" if row["density"] >= 0.1 else f"{row['density']:.3f}" for row in group],
         "dense, ms": [_milliseconds(row["baseline_ms"]) for row in group],
         "sparse, ms": [_milliseconds(row["ms"]) for row in group],
@@ -174,6 +175,11 @@ def _label(row: dict[str, Any]) -> str:
     if row["lists"] == "activations":
         parts.append("estimated lists")
     return "; ".join(parts)
+
+
+def _tiles(sizes: str | None) -> str:
+    """Queries by keys of a tile, from the field of a record, which has warps and stages behind them."""
+    return " x ".join(sizes.split("x")[:2]) if sizes else ""
 
 
 def _milliseconds(value: float | None) -> str:

@@ -151,7 +151,7 @@ class LanguageModel:
         if attention == "auto":
             length = tokens.shape[1]
             attention, pattern = resolve_auto(pattern, patterns=self.patterns, length=length, implementation=sparse)
-        how = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
+        how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
         attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, **how)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
             return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
