@@ -102,6 +102,7 @@ def dense_attention(
     Raises:
       ValueError: shapes, dtypes or lengths do not fit.
       NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
+      MemoryError: the device has too little.
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
@@ -185,6 +186,7 @@ def sparse_attention(
     Raises:
       ValueError: shapes, dtypes, lengths or pattern sizes do not fit.
       NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
+      MemoryError: the device has too little.
 
     Source: arXiv 2407.02490 (MInference 1.0); heads, batches, chunks and lengths are handled together here.
     """
@@ -209,7 +211,7 @@ def a_shape_attention(
       q: [B, T, N, H]. k, v: [B, S, K, H].
       sink_size: keys at the start that every query sees, in tokens.
       window_size: nearest keys that a query sees, itself included, in tokens.
-      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+      shared: all other arguments of ``sparse_attention``.
 
     Returns:
       out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
@@ -229,7 +231,7 @@ def vertical_slash_attention(
       vertical_size: keys that every later query sees, in tokens; at least 30 are kept.
       slash_size: distances that every query sees, in tokens; at least 50 are kept, each widened to 64 keys per
         64 queries.
-      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+      shared: all other arguments of ``sparse_attention``.
 
     Returns:
       out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
@@ -247,7 +249,7 @@ def block_sparse_attention(
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H].
       num_blocks: key blocks per query block, the diagonal one included.
-      shared: scale, kv_len, q_offset, return_lse, return_density, implementation: see ``sparse_attention``.
+      shared: all other arguments of ``sparse_attention``.
 
     Returns:
       out [B, T, N, H] in q's dtype, followed by lse and density where asked for.
