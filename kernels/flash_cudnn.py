@@ -37,11 +37,20 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, kv_len: Array | Non
 
     Returns:
       out [B, T, N, H] in q's dtype; padding gives zeros.
+
+    Raises:
+      NotImplementedError: the scale is not positive, or there is no cuDNN.
     """
+    if scale <= 0:
+        raise NotImplementedError(f"it needs a positive scale, not {scale}")
     lengths: dict[str, Any] = {}
     if kv_len is not None:
+        v = jnp.where((jnp.arange(v.shape[1]) < kv_len[:, None])[:, :, None, None], v, 0)  # what is there may be NaN
         lengths = {"query_seq_lengths": jnp.minimum(kv_len, q.shape[1]), "key_value_seq_lengths": kv_len}
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn", **lengths)
+    try:
+        out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn", **lengths)
+    except RuntimeError as error:  # jax found no cuDNN, or too old a one
+        raise NotImplementedError(f"cuDNN: {error}") from error
     if kv_len is None:
         return out
     return jnp.where((jnp.arange(q.shape[1]) < kv_len[:, None])[:, :, None, None], out, 0)

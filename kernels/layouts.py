@@ -163,7 +163,7 @@ def everything(batch: int, num_heads: int, q_len: int, kv_capacity: int, tiles: 
     Returns:
       SparseLayout of B sequences and N heads.
     """
-    count = -(-(kv_capacity + tiles.block_q - tiles.block_kv) // tiles.block_kv)
+    count = -(-(kv_capacity + tiles.block_q - 1) // tiles.block_kv)  # for a tile that starts at the last key, too
     offsets = tiles.block_q - tiles.block_kv - jnp.arange(count, dtype=jnp.int32) * tiles.block_kv
     heads, num_tiles = (batch, num_heads), -(-q_len // tiles.block_q)
     none = functools.partial(jnp.zeros, dtype=jnp.int32)

@@ -301,5 +301,5 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
     for out, part in zip(acc.out, parts, strict=True):
         out = jnp.where(is_real[:, None], out / total[:, None], nothing).astype(out_ref.dtype)
         pltriton.store(out_ref.at[at, part], out, mask=in_chunk[:, None])
-    lse = jnp.where(is_real, (acc.top + jnp.log2(total)) * math.log(2), -jnp.inf)
+    lse = jnp.where(is_real, (acc.top + jnp.log2(total)) * math.log(2), nothing - jnp.inf)
     pltriton.store(lse_ref.at[at], lse, mask=in_chunk)

@@ -115,6 +115,7 @@ def attention(
 
         out, lse = lax.map(head, (jnp.arange(num_heads), q.swapaxes(0, 1), layout))
         out = jnp.where(layout.windows[:, None, None] >= 0, out, jnp.nan).astype(out.dtype)
+        lse = jnp.where(layout.windows[:, None] >= 0, lse, jnp.nan)
         return out.swapaxes(0, 1), lse.swapaxes(0, 1)
 
     return lax.map(sequence, (q, k, v, layout, q_offset, kv_len))

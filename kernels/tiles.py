@@ -66,17 +66,31 @@ def shared_memory_bytes(tiles: TileConfig, head_dim: int, itemsize: int) -> int:
     return rows * head_dim * itemsize + 1024
 
 
-def check_shared_memory(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
-    """Refuses tiles that an NVIDIA GPU has no room for, before its compiler does.
+def check_triton_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
+    """Refuses tiles that the Triton kernel can't use on a device, before its compiler does.
 
     Raises:
-      ValueError: they need more shared memory than the device has.
+      ValueError: sizes that are not powers of two of at least 16, or more shared memory than the device has.
     """
+    for name in ("block_q", "block_kv"):
+        size = getattr(tiles, name)
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name}={size} must be a power of two of at least 16 for the Triton kernel")
     needed = shared_memory_bytes(tiles, head_dim, itemsize)
     if device.compute_capability is not None and needed > device.shared_memory:
         raise ValueError(
             f"{tiles} needs {needed} bytes of shared memory at {head_dim=}, {device.kind} has {device.shared_memory}"
         )
+
+
+def check_xla_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
+    """Refuses tiles that the pure JAX kernel can't use.
+
+    Raises:
+      ValueError: more than 256 keys.
+    """
+    if tiles.block_kv > 256:
+        raise ValueError(f"block_kv={tiles.block_kv} must be at most 256 for the pure JAX kernel")
 
 
 def xla_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
@@ -111,6 +125,8 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     """
     if device.compute_capability is None or device.compute_capability < (8, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 from 16 to 256")
     for widest, tiles in TRITON_TILES[itemsize]:
         if head_dim <= widest and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
             return tiles

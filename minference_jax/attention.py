@@ -14,7 +14,8 @@ Arguments that all functions share:
     positions >= kv_len are padding: they give zeros.
   return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
   implementation: "cudnn" (dense attention on NVIDIA GPUs), "triton" (NVIDIA GPUs of compute capability 8.0 or later),
-    "xla" (everywhere), or None = the first of these that can do the call on the device where q is.
+    "xla" (everywhere), or None = the first of these that can do the call where q is, or on jax's default device
+    where q is traced. With fewer than 16 queries "triton" is passed over.
 They raise ValueError, which says what was given and what is needed, for shapes, dtypes and sizes that do not fit, and
 NotImplementedError where an implementation named by the caller can't do the call.
 """
@@ -35,7 +36,7 @@ from minference_jax.capacities import check_pattern, is_fit
 from minference_jax.implementations import Implementation, device_of, first_that_can, memory_for
 from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import FAR, density
-from minference_jax.kernels.tiles import TileConfig, check_shared_memory
+from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import (
     AShape,
     BlockSparse,
@@ -261,7 +262,7 @@ def block_sparse_attention(
 
 @functools.partial(jax.jit, static_argnames=("scale", "return_lse", "implementation", "device"))
 def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, device):
-    lengths = {"kv_len": _or_all(kv_len, q, k.shape[1]), "q_offset": _or_all(q_offset, q, 0)}
+    lengths = _lengths(kv_len, q_offset, q, k)
 
     def run(entry: Implementation, tiles: TileConfig):
         if not entry.whole_prompts_only:
@@ -269,7 +270,7 @@ def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, devi
             return (out, lse) if return_lse else out
         if q_offset is not None or return_lse:
             raise NotImplementedError("it takes no q_offset and gives no log-sum-exp")
-        return entry.dense(q, k, v, scale=scale, kv_len=kv_len)
+        return entry.dense(q, k, v, scale=scale, kv_len=None if kv_len is None else lengths["kv_len"])
 
     return first_that_can(run, implementation, device, q)
 
@@ -280,13 +281,13 @@ def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, devi
 def _sparse(
     q, k, v, pattern, kv_len, q_offset, *, scale, slash_granularity, capacities, implementation, device, tiles
 ) -> tuple[Array, ...]:
-    where = {"scale": scale, "kv_len": _or_all(kv_len, q, k.shape[1]), "q_offset": _or_all(q_offset, q, 0)}
+    where = {"scale": scale, **_lengths(kv_len, q_offset, q, k)}
 
     def run(entry: Implementation, suitable: TileConfig):
         if entry.sparse is None:
             raise NotImplementedError("it has no sparse attention")
         if tiles is not None:
-            check_shared_memory(tiles, device, q.shape[3], q.dtype.itemsize)
+            entry.check_tiles(tiles, device, q.shape[3], q.dtype.itemsize)
         where["tiles"] = suitable if tiles is None else tiles
         layout = build_layout(
             q,
@@ -305,8 +306,12 @@ def _sparse(
     return first_that_can(run, implementation, device, q)
 
 
-def _or_all(value: Array | None, q: Array, default: int) -> Array:
-    return jnp.full(q.shape[:1], default, jnp.int32) if value is None else value
+def _lengths(kv_len: Array | None, q_offset: Array | None, q: Array, k: Array) -> dict[str, Array]:
+    """Both as arrays, and inside the arrays that kernels read: traced ones could not be checked."""
+    size = k.shape[1]
+    kv_len = jnp.full(q.shape[:1], size, jnp.int32) if kv_len is None else jnp.clip(kv_len, 0, size)
+    q_offset = jnp.zeros(q.shape[:1], jnp.int32) if q_offset is None else jnp.maximum(q_offset, 0)
+    return {"kv_len": kv_len, "q_offset": q_offset}
 
 
 @jax.custom_jvp

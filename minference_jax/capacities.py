@@ -12,6 +12,7 @@ from minference_jax.estimate import MIN_VERTICALS
 from minference_jax.patterns import HeadPattern, PatternArrays, PatternKind, uniform_patterns
 
 _DEFAULT_NUM_BLOCKS = 128  # a block-sparse head may list so many before another program is compiled for more
+_MOST_BLOCKS = 1 << 24  # a billion keys: more than any sequence has
 _COLUMN_STEP = 256  # columns by which capacities grow
 
 
@@ -24,6 +25,7 @@ class Capacities(NamedTuple):
 
 def capacities_for(num_blocks: int, num_columns: int) -> Capacities:
     """Capacities that hold what the largest heads ask for, in steps, so that similar patterns share a program."""
+    num_blocks = min(num_blocks, _MOST_BLOCKS)
     blocks = max(_DEFAULT_NUM_BLOCKS, 1 << (num_blocks - 1).bit_length()) if num_blocks else 0
     return Capacities(blocks, -(-max(num_columns, 1) // _COLUMN_STEP) * _COLUMN_STEP)
 
@@ -82,9 +84,10 @@ def is_fit(pattern: PatternArrays, capacities: Capacities, kv_capacity: int):
     """Bool [N]: whether the kind and the sizes of each head can be honoured; works on numpy arrays and traced ones."""
     kind, kinds = pattern.kind, PatternKind
     has_room = (_num_columns(pattern) <= capacities.num_columns) | (capacities.num_columns >= kv_capacity)
+    has_blocks = (pattern.num_blocks <= capacities.num_blocks) | (capacities.num_blocks * 64 >= kv_capacity)
     return (
         ((kind == kinds.VERTICAL_SLASH) & (pattern.vertical_size > 0) & (pattern.slash_size > 0) & has_room)
         | ((kind == kinds.A_SHAPE) & (pattern.sink_size > 0) & (pattern.window_size > 0) & has_room)
-        | ((kind == kinds.BLOCK_SPARSE) & (pattern.num_blocks > 0) & (pattern.num_blocks <= capacities.num_blocks))
+        | ((kind == kinds.BLOCK_SPARSE) & (pattern.num_blocks > 0) & has_blocks)
         | (kind == kinds.DENSE)
     )

@@ -173,6 +173,7 @@ def block_sparse(
     *,
     num_blocks: Array,
     capacity: int,
+    scale: float,
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
@@ -186,6 +187,7 @@ def block_sparse(
       q: [B, T, N, H]. k: [B, S, K, H].
       num_blocks: int32 [N], blocks of ``tiles.block_kv`` keys per query tile, at most ``capacity``.
       capacity: static length of the lists.
+      scale: multiplies the scores; its sign matters.
       q_offset: int32 [B], absolute position of the first query. kv_len: int32 [B], valid keys.
       tiles: tile sizes.
       kernels: what selects.
@@ -206,7 +208,7 @@ def block_sparse(
         q, starts = args
         grouped = q.reshape(*q.shape[:2], k_means.shape[1], -1, head_dim)
         scores = jnp.einsum("rbkgh,bksh->rbkgs", grouped, k_means, precision="highest")
-        scores = scores.reshape(*q.shape[:3], -1)
+        scores = scores.reshape(*q.shape[:3], -1) * scale
         first, end = (x[..., None, None] for x in (starts, jnp.minimum(starts + tiles.block_q, kv_len)))
         visible = blocks * tiles.block_kv < end
         own = visible & (blocks >= first // tiles.block_kv)

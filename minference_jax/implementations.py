@@ -11,7 +11,14 @@ from jax import Array
 
 from minference_jax import estimate
 from minference_jax.kernels import flash_cudnn, flash_xla, mass_triton, select_triton, sparse_triton, sparse_xla
-from minference_jax.kernels.tiles import Device, TileConfig, triton_tiles, xla_tiles
+from minference_jax.kernels.tiles import (
+    Device,
+    TileConfig,
+    check_triton_tiles,
+    check_xla_tiles,
+    triton_tiles,
+    xla_tiles,
+)
 
 
 class Implementation(NamedTuple):
@@ -27,6 +34,7 @@ class Implementation(NamedTuple):
       break_even: tokens from which sparse attention with usual patterns is faster than dense attention by the first
         implementation that can, estimate and layout included: measured by the bench.
       min_q_len: with fewer queries it is slower than the others, and tried by its name only.
+      check_tiles: (tiles, device, head_dim, bytes of an element); raises ValueError where a caller's tiles do not fit.
     """
 
     name: str
@@ -37,6 +45,7 @@ class Implementation(NamedTuple):
     whole_prompts_only: bool = False
     break_even: int = 0
     min_q_len: int = 1
+    check_tiles: Callable[[TileConfig, Device, int, int], None] = check_xla_tiles
 
 
 TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
@@ -50,6 +59,7 @@ IMPLEMENTATIONS = (
         TRITON_ESTIMATE,
         break_even=16384,
         min_q_len=16,
+        check_tiles=check_triton_tiles,
     ),
     Implementation("xla", xla_tiles, flash_xla.attention, sparse_xla.attention, break_even=8192),
 )
@@ -128,4 +138,5 @@ def memory_for(what: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryError(f"{what} needs more memory than the device has free") from error
+        memory = "shared memory than a GPU program may use" if "Shared memory" in str(error) else "memory than is free"
+        raise MemoryError(f"{what} needs more {memory}") from error

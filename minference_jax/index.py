@@ -52,6 +52,7 @@ def build_layout(
       SparseLayout of B sequences and N heads.
     """
     kv_len = jnp.minimum(kv_len, q_offset + q.shape[1])  # no query of this chunk sees further
+    pattern = _within(pattern, k.shape[1])
     verticals, slashes = _verticals_and_slashes(
         q, k, pattern, scale, kv_len, q_offset, tiles.block_kv if slash_granularity == "block" else None, kernels
     )
@@ -62,7 +63,7 @@ def build_layout(
         offsets = jnp.where(offsets == -FAR, -FAR, offsets * tiles.block_kv)
     else:
         offsets, offset_counts = slash_offsets(slashes, tiles)
-    blocks = _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels)
+    blocks = _block_lists(q, k, pattern, scale, kv_len, q_offset, tiles, max_num_blocks, kernels)
     windows = jnp.where(pattern.kind == PatternKind.A_SHAPE, pattern.window_size, FAR).astype(jnp.int32)
     column_counts = jnp.minimum(verticals.sum(axis=-1, dtype=jnp.int32), max_num_columns)
     layout = SparseLayout(
@@ -77,6 +78,12 @@ def build_layout(
     # Scattered slashes on a short prompt can cost more tiles than dense: then dense is both cheaper and exact.
     costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1 - 1e-6  # 1 but for its rounding
     return make_dense(layout, costs_dense & (pattern.kind == PatternKind.VERTICAL_SLASH), k.shape[1], tiles)
+
+
+def _within(pattern: PatternArrays, size: int) -> PatternArrays:
+    """The pattern with no size beyond ``size`` keys, which keep all there is: sums of sizes then fit an integer."""
+    tokens = {name: jnp.minimum(x, size) for name, x in pattern._asdict().items() if name.endswith("_size")}
+    return pattern._replace(**tokens, num_blocks=jnp.minimum(pattern.num_blocks, -(-size // NUM_BLOCKS_UNIT)))
 
 
 def _verticals_and_slashes(q, k, pattern, scale, kv_len, q_offset, slash_block, kernels) -> tuple[Array, Array]:
@@ -105,7 +112,7 @@ def _verticals_and_slashes(q, k, pattern, scale, kv_len, q_offset, slash_block, 
     return verticals & (key < kv_len[:, None, None]), slashes & (reach < kv_len[:, None, None])
 
 
-def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels) -> estimate.BlockSparseIndices:
+def _block_lists(q, k, pattern, scale, kv_len, q_offset, tiles, max_num_blocks, kernels) -> estimate.BlockSparseIndices:
     batch, q_len, num_heads, _ = q.shape
     if max_num_blocks == 0:
         shape = (batch, num_heads, -(-q_len // tiles.block_q))
@@ -118,7 +125,7 @@ def _block_lists(q, k, pattern, kv_len, q_offset, tiles, max_num_blocks, kernels
     is_block_sparse = pattern.kind == PatternKind.BLOCK_SPARSE
 
     def estimated():
-        where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "kernels": kernels}
+        where = {"scale": scale, "q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "kernels": kernels}
         found = estimate.block_sparse(q, k, num_blocks=num_blocks, capacity=capacity, **where)
         return found._replace(block_counts=jnp.where(is_block_sparse[:, None], found.block_counts, 0))
 

@@ -82,12 +82,19 @@ CASES = {
     "chunk at an offset": {"T": 100, "S": 300, "q_offset": 170, "kv_len": 270, "H": 96},
     "chunks of a batch": {"T": 90, "S": 320, "B": 2, "q_offset": [7, 200], "kv_len": [97, 260], "H": 80}
     | {"dtype": "float16"},
+    "last chunk of an exact cache": {"T": 91, "S": 128, "q_offset": 37},
     "one query over a cache": {"T": 1, "S": 200, "q_offset": 150, "kv_len": 151, "H": 256},
     "many tiles and runs": {"T": 1000, "N": 3, "K": 1},
 }
 
 
-SHORT = ("one token over a tile", "batch of unequal lengths", "chunks of a batch", "one query over a cache")
+SHORT = (
+    "one token over a tile",
+    "last chunk of an exact cache",
+    "batch of unequal lengths",
+    "chunks of a batch",
+    "one query over a cache",
+)
 """Cases for Pallas' interpreter, which takes seconds for each."""
 
 
@@ -133,6 +140,38 @@ def test_block_granularity_equals_the_oracle_on_its_kept_pairs(implementation):
     exact, exact_lse = reference.attention(q, k, v, mask, scale=16**-0.5)
     np.testing.assert_allclose(out, exact, atol=2e-6)
     np.testing.assert_allclose(lse, exact_lse, rtol=LSE, atol=LSE)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("q_offset", [1, 37, 64])
+def test_heads_that_become_dense_lose_no_key_in_the_last_chunk_of_an_exact_cache(q_offset, implementation):
+    q, k, v = make(T=128 - q_offset, S=128)
+    everything = VerticalSlash(vertical_size=128, slash_size=128)
+    out = attention.sparse_attention(q, k, v, everything, q_offset=q_offset, implementation=implementation)
+    causal = jnp.broadcast_to(causal_pairs(1, q.shape[1], 128, 128, q_offset), (1, 4, q.shape[1], 128))
+    np.testing.assert_allclose(out, reference.attention(q, k, v, causal, scale=0.25)[0], atol=2e-6)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("granularity", ["line", "block"])
+def test_sizes_beyond_any_sequence_keep_everything(granularity, implementation):
+    q, k, v = make(T=90)
+    huge = 2**31 - 1
+    pattern = arrays(
+        VerticalSlash(vertical_size=huge, slash_size=huge),
+        AShape(sink_size=4, window_size=huge),
+        AShape(sink_size=huge, window_size=1),
+        BlockSparse(num_blocks=huge),
+    )
+    out = attention.sparse_attention(q, k, v, pattern, slash_granularity=granularity, implementation=implementation)
+    np.testing.assert_allclose(out, attention.dense_attention(q, k, v, implementation="xla"), atol=2e-6)
+
+
+@IMPLEMENTATIONS
+def test_traced_lengths_beyond_the_cache_read_nothing_outside_it(implementation):
+    q, k, v = make(T=70)
+    run = functools.partial(attention.dense_attention, q, k, v, implementation=implementation)
+    np.testing.assert_array_equal(jax.jit(lambda n: run(kv_len=n))(jnp.int32(500)), run())
 
 
 @IMPLEMENTATIONS
@@ -352,7 +391,7 @@ def test_traced_kinds_and_sizes_that_make_no_sense_give_nan():
 
 
 def test_more_blocks_than_the_capacity_are_refused_or_made_nan_where_they_are_traced():
-    q, k, v = make(T=70)
+    q, k, v = make(T=330)
     pattern = arrays(*[BlockSparse(num_blocks=5), Dense()] * 2)
     assert np.isfinite(np.asarray(attention.sparse_attention(q, k, v, pattern))).all()
     with pytest.raises(ValueError, match=r"head 0 .*num_blocks=5.* at most max_num_blocks=4 blocks"):

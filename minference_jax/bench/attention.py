@@ -37,7 +37,7 @@ from minference_jax.implementations import Implementation, device_of, first_that
 from minference_jax.index import build_layout
 from minference_jax.kernels import flash_cudnn
 from minference_jax.kernels.layouts import SparseLayout, everything
-from minference_jax.kernels.tiles import TileConfig, check_shared_memory
+from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import AShape, Dense, VerticalSlash
 
 CHECK_LENGTH = 1024
@@ -138,7 +138,7 @@ class Bench:
             if entry.sparse is None:
                 raise NotImplementedError("it has no sparse attention")
             if self.tiles is not None:
-                check_shared_memory(self.tiles, self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
+                entry.check_tiles(self.tiles, self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
             return entry, self.tiles or tiles
 
         q: Any = jax.ShapeDtypeStruct((1, CHECK_LENGTH, case.num_heads, case.head_dim), case.dtype)

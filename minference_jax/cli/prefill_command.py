@@ -59,6 +59,7 @@ def record(
         "tokens": len(prompt.tokens),
         "chat_template": prompt.is_chat,
         "attention": attention.name,
+        "ran": "dense" if density is None else "sparse",
         "pattern": model.patterns.source if attention.name in ("minference", "auto") else attention.description,
         "slash_granularity": attention.slash_granularity,
         "implementation": sparse.implementation,

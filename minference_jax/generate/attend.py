@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from minference_jax.attention import dense_attention, sparse_attention
 from minference_jax.capacities import Capacities, capacities_for
 from minference_jax.implementations import Implementation
-from minference_jax.index import SlashGranularity
+from minference_jax.index import NUM_BLOCKS_UNIT, SlashGranularity
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.models import Attend
 from minference_jax.patterns import (
@@ -98,6 +98,8 @@ def choose_attend(
     Raises:
         ValueError: an unknown name, or a pattern that does not belong to it.
     """
+    if slash_granularity not in get_args(SlashGranularity):
+        raise ValueError(f'{slash_granularity=} must be "line" or "block"')
     if attention not in ATTENTION_NAMES:
         raise ValueError(f"{attention=} must be one of {', '.join(ATTENTION_NAMES)}")
     if attention == "dense":
@@ -146,7 +148,11 @@ def resolve_auto(
     kinds = PatternKind
     asked = np.select(
         [sizes.kind == kinds.VERTICAL_SLASH, sizes.kind == kinds.A_SHAPE, sizes.kind == kinds.BLOCK_SPARSE],
-        [sizes.vertical_size + sizes.slash_size, sizes.sink_size + sizes.window_size, sizes.num_blocks * 64],
+        [
+            sizes.vertical_size + sizes.slash_size,
+            sizes.sink_size + sizes.window_size,
+            sizes.num_blocks * NUM_BLOCKS_UNIT,
+        ],
         default=length,
     )
     if length >= max(implementation.break_even, _PAYS_FROM * asked.mean()):

@@ -11,7 +11,7 @@ from deviceless import CARDS, Case, available, compile_cases
 
 from minference_jax.kernels import mass_triton, select_triton, sparse_triton
 from minference_jax.kernels.layouts import SparseLayout
-from minference_jax.kernels.tiles import Device, TileConfig, triton_tiles
+from minference_jax.kernels.tiles import Device, TileConfig, shared_memory_bytes, triton_tiles
 
 LENGTH = 8192
 
@@ -61,6 +61,17 @@ def with_tiles(name, **sizes):
     return attention_case(name, TileConfig(**sizes), 128, "bfloat16")
 
 
+def bounds(kind):
+    """The shared memory that each attention case takes at most, by the rule that tiles are chosen by."""
+    cases = [case for case in chosen(kind) if case.name.startswith("attention")]
+    sizes = [(case.function.keywords["tiles"], case.arguments[0]) for case in cases]
+    return {
+        case.name: shared_memory_bytes(tiles, q.shape[-1], q.dtype.itemsize)
+        for case, (tiles, q) in zip(cases, sizes, strict=True)
+    }
+
+
+CHOSEN = {kind: bounds(kind) for kind in CARDS}
 SPILLING = with_tiles("far too few warps", block_q=128, block_kv=64, num_warps=2)
 TOO_LARGE = with_tiles("far too large", block_q=256, block_kv=256, num_warps=8)
 NO_KERNEL = Case("no kernel", jnp.cumsum, (array(4),))
@@ -91,6 +102,8 @@ def test_kernels_compile_without_spills_within_the_cards_shared_memory(reports, 
     assert report.spill_bytes == 0, report
     assert 0 < report.registers <= 255
     assert 0 < report.shared_bytes <= CARDS[kind].shared_memory_limit
+    if name in CHOSEN[kind]:  # the bound by which tiles are chosen
+        assert report.shared_bytes <= CHOSEN[kind][name]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "float16" in name or "without" in name])

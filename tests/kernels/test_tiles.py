@@ -1,6 +1,6 @@
 import pytest
 
-from minference_jax.kernels.tiles import Device, TileConfig, check_shared_memory, shared_memory_bytes, triton_tiles
+from minference_jax.kernels.tiles import Device, TileConfig, check_triton_tiles, shared_memory_bytes, triton_tiles
 
 H100 = Device(platform="cuda", kind="H100", compute_capability=(9, 0))
 RTX = Device(platform="cuda", kind="RTX", compute_capability=(8, 9))
@@ -13,7 +13,7 @@ CPU = Device(platform="cpu", kind="cpu")
 def test_chosen_tiles_fit_the_shared_memory_of_every_card(device, head_dim, itemsize):
     tiles = triton_tiles(device, head_dim, itemsize)
     assert shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory
-    check_shared_memory(tiles, device, head_dim, itemsize)
+    check_triton_tiles(tiles, device, head_dim, itemsize)
 
 
 def test_larger_cards_get_larger_tiles():
@@ -29,8 +29,8 @@ def test_other_devices_are_declined_by_name(device):
 def test_tiles_that_do_not_fit_are_refused_with_both_sizes():
     huge = TileConfig(block_q=256, block_kv=256)
     with pytest.raises(ValueError, match="needs 328704 bytes of shared memory at head_dim=128, RTX has 101376"):
-        check_shared_memory(huge, RTX, 128, 2)
-    check_shared_memory(huge, CPU, 128, 2)  # it has none to run out of
+        check_triton_tiles(huge, RTX, 128, 2)
+    check_triton_tiles(huge, CPU, 128, 2)  # it has none to run out of
 
 
 @pytest.mark.parametrize(
