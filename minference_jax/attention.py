@@ -169,8 +169,8 @@ def sparse_attention(
       return_density: also return float32 [B, N], each head's share of the work of dense attention, in tiles.
       slash_granularity: "line" = vertical-slash heads keep single distances, as published; "block" = they keep whole
         block diagonals, aligned with the tiles: a far cheaper index, and never more tiles than "line".
-      max_num_blocks: static capacity of a block-sparse head's lists, in blocks; memory is B * N * T / 64 *
-        max_num_blocks integers. None = what the pattern needs, 128 where it is traced; 0 = no head is block-sparse.
+      max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys; each query tile of each
+        head takes so many integers. None = what the pattern needs, 128 where it is traced; 0 = no head is block-sparse.
       max_num_columns: static capacity of a head's verticals or sinks, in tokens; GPU kernels copy so many keys and
         values per head. None = what the pattern needs, S where it is traced. Heads that ask for more than a capacity,
         and kinds and sizes that make no sense, are refused; where they are traced, the head's output is NaN.
@@ -230,8 +230,8 @@ def vertical_slash_attention(
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H].
       vertical_size: keys that every later query sees, in tokens; at least 30 are kept.
-      slash_size: distances that every query sees, in tokens; at least 50 are kept, each widened to 64 keys per
-        64 queries.
+      slash_size: distances that every query sees, in tokens; at least 50 are kept, each widened to
+        tiles.
       shared: all other arguments of ``sparse_attention``.
 
     Returns:
@@ -245,11 +245,11 @@ def vertical_slash_attention(
 def block_sparse_attention(
     q: Array, k: Array, v: Array, *, num_blocks: int = 100, **shared: Unpack[SharedSparse]
 ) -> Any:
-    """Causal attention to the heaviest blocks of 64 keys for every 64 queries, found from block means.
+    """Causal attention to the heaviest blocks of keys for every tile of queries, found from block means.
 
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H].
-      num_blocks: key blocks per query block, the diagonal one included.
+      num_blocks: blocks of 64 keys per query tile, the diagonal ones included; tiles of other sizes hold as many keys.
       shared: all other arguments of ``sparse_attention``.
 
     Returns:

@@ -259,7 +259,7 @@ class LanguageModel:
             options: of `complete`: max_new_tokens, temperature, top_p, key, stop_tokens.
 
         Raises:
-            ValueError, NotImplementedError: as in `prefill` and `decode`.
+            ValueError, NotImplementedError, MemoryError: as in `prefill` and `decode`.
         """
         tokens: Any = [prompts] if isinstance(prompts, str) else prompts
         texts = [isinstance(prompt, str) for prompt in tokens]
