@@ -1,6 +1,15 @@
 """What all tests share."""
 
+import jax
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what needs an NVIDIA GPU where there is none."""
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)
