@@ -73,7 +73,8 @@ def test_other_patterns_and_weights_run_the_same_program(traces):
     reader = language_model("linear")
     config = reader.config
     mixed = ModelPatterns(layers=((*UNIFORM.values(), Dense()),) * config.num_layers, source="a test")
-    densities = [reader.prefill(LONG_PROMPT, pattern=pattern).density for pattern in (None, mixed)]
+    turned = ModelPatterns(layers=(mixed.layers[0][::-1],) * config.num_layers, source="a test")
+    densities = [reader.prefill(LONG_PROMPT, pattern=pattern).density for pattern in (turned, mixed)]
     zeros = {name: 0 * array for name, array in tiny_models.tiny_parameters(config).items()}
     result = LanguageModel(from_parameters(config, zeros), patterns=mixed).prefill(LONG_PROMPT)
     assert len(traces) == 1
