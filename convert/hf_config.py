@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minference_jax.models.llama import LlamaConfig
-from minference_jax.models.rope import RopeConfig
+from minference_jax.convert.hf_rope import is_number, read_rope
+from minference_jax.models import DecoderConfig, GlmConfig, LlamaConfig, Phi3Config, Qwen3Config
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What is particular to one model_type.
+
+    Attributes:
+        architecture: the only class of transformers that is read.
+        config: ours.
+        needed: fields that must be there, because transformers' default is the shape of one particular checkpoint.
+        switches: Hugging Face's name of a switch -> its default, and ours.
+        fixed: switches of ours that this type always has.
+        partial_rotary_factor: its default; None = heads always turn whole.
+        interleaved: whether neighbouring dimensions turn together.
+        own_fields: fields that only this type has.
+        own_code: classes that `auto_map` may name: copies of what transformers has, and never run.
+    """
+
+    architecture: str
+    config: type[DecoderConfig] = LlamaConfig
+    needed: tuple[str, ...] = ()
+    switches: Mapping[str, tuple[bool, tuple[str, ...]]] = field(default_factory=dict)
+    fixed: Mapping[str, bool] = field(default_factory=dict)
+    partial_rotary_factor: float | None = None
+    interleaved: bool = False
+    own_fields: tuple[str, ...] = ()
+    own_code: tuple[str, ...] = ()
+
+
+_GLM: dict[str, Any] = {
+    "config": GlmConfig,
+    "needed": ("num_key_value_heads", "head_dim"),
+    "switches": {"attention_bias": (True, ("qkv_bias",))},
+    "partial_rotary_factor": 0.5,
+    "interleaved": True,
+}
+_FAMILIES = {
+    "llama": _Family(
+        architecture="LlamaForCausalLM",
+        switches={"attention_bias": (False, ("qkv_bias", "o_bias")), "mlp_bias": (False, ("mlp_bias",))},
+    ),
+    "mistral": _Family(architecture="MistralForCausalLM", needed=("num_key_value_heads",)),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM",
+        needed=("num_key_value_heads",),
+        fixed={"qkv_bias": True},
+        own_fields=("dual_chunk_attention_config",),
+    ),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM",
+        config=Qwen3Config,
+        needed=("num_key_value_heads", "head_dim"),
+        switches={"attention_bias": (False, ("attention_bias",))},
+    ),
+    "phi3": _Family(
+        architecture="Phi3ForCausalLM",
+        config=Phi3Config,
+        partial_rotary_factor=1.0,
+        own_fields=("original_max_position_embeddings",),
+        own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"),
+    ),
+    "glm": _Family(architecture="GlmForCausalLM", **_GLM),
+    "glm4": _Family(architecture="Glm4ForCausalLM", fixed={"output_norms": True}, **_GLM),
+}
+MODEL_TYPES = tuple(_FAMILIES)
 
 # HF field -> ours; a config must have them all
 _SIZES = {
@@ -22,18 +83,20 @@ _SIZES = {
     "num_attention_heads": "num_heads",
     "max_position_embeddings": "max_position_embeddings",
 }
+_SWITCHES = ("attention_bias", "mlp_bias")
 
 _READ = frozenset(
     {
         *_SIZES,
+        *_SWITCHES,
         "model_type",
         "architectures",
+        "auto_map",
         "num_key_value_heads",
         "head_dim",
         "rms_norm_eps",
         "tie_word_embeddings",
-        "attention_bias",
-        "mlp_bias",
+        "partial_rotary_factor",
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
@@ -49,9 +112,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "compression_config": (None,),
-    "auto_map": (None,),
     "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1, None),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
@@ -81,130 +142,117 @@ _HARMLESS = frozenset((
 # fmt: on
 
 
-def read_config(config: Mapping[str, Any]) -> LlamaConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """The config of our model that computes what a Hugging Face config describes.
 
     Args:
-        config: content of config.json, of model_type llama, mistral (without sliding window) or qwen2; both the older
-            form (rope_theta, rope_scaling) and that of transformers 5 (rope_parameters).
+        config: content of config.json, of a model_type in MODEL_TYPES; both the older form (rope_theta, rope_scaling)
+            and that of transformers 5 (rope_parameters).
 
     Raises:
-        ValueError: names every field that is missing, unknown, or has a value that our models can't honour.
+        ValueError: names every field that is missing, unknown, or has a value that our models can't honour. A sliding
+            window is honoured where it is as long as the longest prompt, and so cuts nothing off.
 
-    Source: the fields and defaults of transformers' LlamaConfig, MistralConfig and Qwen2Config. Where those give a
-    missing shape a default of one particular checkpoint, the field is needed here.
+    Source: the fields and defaults of transformers' configs of these types. Where those give a missing shape a default
+    of one particular checkpoint, the field is needed here.
     """
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"config.json: model_type={model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
         )
-    faults = [*_unsupported_fields(config, model_type), *_windows(config, model_type)]
+    family = _FAMILIES[model_type]
+    faults = [*_unsupported_fields(config, family, model_type), *_unknown_fields(config, family)]
     if faults:
         raise ValueError("config.json: " + "; ".join(faults))
     heads = config["num_attention_heads"]
-    bias = bool(config.get("attention_bias"))
+    switches = dict(family.fixed)
+    for name, (default, ours) in family.switches.items():
+        switches |= dict.fromkeys(ours, default if config.get(name) is None else config[name])
     try:
-        return LlamaConfig(
+        ours = family.config(
             **{ours: config[theirs] for theirs, ours in _SIZES.items()},
             num_kv_heads=config["num_key_value_heads"] if config.get("num_key_value_heads") is not None else heads,
             head_dim=config["head_dim"] if config.get("head_dim") is not None else config["hidden_size"] // heads,
             rms_norm_eps=float(config["rms_norm_eps"]),
-            rope=_read_rope(config),
+            rope=read_rope(config, family.partial_rotary_factor, interleaved=family.interleaved),
             tie_embeddings=bool(config.get("tie_word_embeddings")),
-            qkv_bias=bias or model_type == "qwen2",
-            o_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias")),
+            **switches,
         )
+        ours = replace(ours, max_position_embeddings=_reach(config, ours))
+        _check_windows(config, ours, model_type)
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
+    return ours
 
 
-def _unsupported_fields(config: Mapping[str, Any], model_type: str) -> list[str]:
+def _unsupported_fields(config: Mapping[str, Any], family: _Family, model_type: str) -> list[str]:
     """What is wrong with fields taken one by one, each fault naming its field."""
-    faults = [f"{name} is missing" for name in (*_SIZES, "rms_norm_eps") if config.get(name) is None]
-    if model_type != "llama" and "num_key_value_heads" not in config:
-        faults.append("num_key_value_heads is missing")
-    for name in (*_SIZES, "num_key_value_heads", "head_dim"):
+    needed = (*_SIZES, "rms_norm_eps", *family.needed)
+    faults = [f"{name} is missing" for name in needed if config.get(name) is None]
+    for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
         value = config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             faults.append(f"{name}={value!r} must be an integer of at least 1")
-    if config.get("rms_norm_eps") is not None and not _is_number(config["rms_norm_eps"]):
+    if config.get("rms_norm_eps") is not None and not is_number(config["rms_norm_eps"]):
         faults.append(f"rms_norm_eps={config['rms_norm_eps']!r} must be a number")
-    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        if config.get(name) not in (None, False, True):
-            faults.append(f"{name}={config[name]!r} must be true or false")
-        elif config.get(name) and name != "tie_word_embeddings" and model_type != "llama":
+    for name in (*_SWITCHES, "tie_word_embeddings", "use_sliding_window"):
+        value = config.get(name)
+        if value not in (None, False, True):
+            faults.append(f"{name}={value!r} must be true or false")
+        elif value and name in _SWITCHES and name not in family.switches:
             faults.append(f"{name}=true is not supported for model_type {model_type}")
     architectures = config.get("architectures")
-    if architectures is not None and architectures != [_ARCHITECTURES[model_type]]:
-        faults.append(f"architectures={architectures!r} is not supported, only [{_ARCHITECTURES[model_type]!r}]")
+    if architectures is not None and architectures != [family.architecture]:
+        faults.append(f"architectures={architectures!r} is not supported, only [{family.architecture!r}]")
+    return faults
+
+
+def _unknown_fields(config: Mapping[str, Any], family: _Family) -> list[str]:
+    """Fields that are not known, and those that have one value only which these models honour."""
+    faults = []
+    code = config.get("auto_map")
+    if code is not None and not (isinstance(code, dict) and all(name in family.own_code for name in code.values())):
+        faults.append(f"auto_map={code!r} is not supported: it names code, which is never run")
+    if family.partial_rotary_factor is None and config.get("partial_rotary_factor") not in (None, 1):
+        faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported, only 1")
     for name, allowed in _FIXED.items():
         if name in config and config[name] not in allowed:
             faults.append(f"{name}={config[name]!r} is not supported, only {allowed[0]!r}")
-    unknown = sorted(config.keys() - _READ - _FIXED.keys() - _HARMLESS)
-    faults += [f"{name}={config[name]!r} is not a field this converter knows" for name in unknown]
-    return faults
+    unknown = sorted(config.keys() - _READ - _FIXED.keys() - _HARMLESS - set(family.own_fields))
+    return faults + [f"{name}={config[name]!r} is not a field this converter knows" for name in unknown]
 
 
-def _windows(config: Mapping[str, Any], model_type: str) -> list[str]:
-    """What is wrong with fields about sliding windows, which our models do not have."""
-    faults = []
-    if config.get("use_sliding_window"):
-        faults.append("use_sliding_window=true is not supported: these models attend without a window")
-    window = config.get("sliding_window")
+def _reach(config: Mapping[str, Any], ours: DecoderConfig) -> int:
+    """max_position_embeddings, cut to where dual chunk attention, which our models do not have, changes nothing."""
+    chunks = config.get("dual_chunk_attention_config")
+    if chunks is None:
+        return ours.max_position_embeddings
+    sizes = [chunks.get(name) if isinstance(chunks, Mapping) else None for name in ("chunk_size", "local_size")]
+    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
+    if not all(isinstance(size, int) for size in sizes) or not sizes[0] > sizes[1] >= 0 or chunks.keys() - known:
+        raise ValueError(f"dual_chunk_attention_config={chunks!r} must have chunk_size and a smaller local_size")
+    return min(ours.max_position_embeddings, sizes[0] - sizes[1], chunks.get("original_max_position_embeddings", 2**31))
+
+
+def _check_windows(config: Mapping[str, Any], ours: DecoderConfig, model_type: str) -> None:
+    """Raises ValueError where a sliding window would cut something off."""
+    is_qwen = model_type in ("qwen2", "qwen3")  # whose window counts only with use_sliding_window
     if model_type == "mistral" and "sliding_window" not in config:
-        faults.append("sliding_window is missing, which means 4096; only null is supported")
-    elif window is not None and model_type != "qwen2":  # qwen2 ignores it while use_sliding_window is false
-        faults.append(f"sliding_window={window!r} is not supported, only null")
+        raise ValueError(
+            "sliding_window is missing, which means 4096; only null, or no less than the context, is supported"
+        )
+    if config.get("use_sliding_window") and not is_qwen:
+        raise ValueError(f"use_sliding_window=true is not supported for model_type {model_type}")
+    window = config.get("sliding_window") if not is_qwen or config.get("use_sliding_window") else None
+    if is_qwen and config.get("use_sliding_window") and window is None:
+        raise ValueError("use_sliding_window=true needs sliding_window")
+    if window is not None and window < ours.max_length:
+        raise ValueError(
+            f"sliding_window={window} is not supported: these models attend without a window, and prompts may have "
+            f"{ours.max_length} tokens"
+        )
     kinds = config.get("layer_types")
-    if kinds is not None and any(kind != "full_attention" for kind in kinds):
-        faults.append(f"layer_types={kinds!r} is not supported, only 'full_attention'")
-    return faults
-
-
-def _read_rope(config: Mapping[str, Any]) -> RopeConfig:
-    """The position embedding, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    newer, older = (_rope_fields(config, name) for name in ("rope_parameters", "rope_scaling"))
-    theta = config.get("rope_theta")
-    for name, given in (("rope_parameters", newer), ("rope_scaling", older)):
-        inner = given.get("rope_theta")
-        if theta is not None and inner is not None and theta != inner:
-            raise ValueError(f"rope_theta={theta!r} contradicts {name} with rope_theta={inner!r}")
-        theta = inner if theta is None else theta
-    newer.pop("rope_theta", None)
-    older.pop("rope_theta", None)
-    if newer and older and newer != older:
-        raise ValueError(f"rope_parameters {newer!r} contradicts rope_scaling {older!r}")
-    if theta is not None and not _is_number(theta):
-        raise ValueError(f"rope_theta={theta!r} must be a number")
-    return RopeConfig(rope_theta=10000.0 if theta is None else float(theta), **(newer or older))
-
-
-def _rope_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """One of the two forms in RopeConfig's names, without nulls; empty where the config does not have it."""
-    given = config.get(source)
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{source}={given!r} must be an object or null")
-    rope = {name: value for name, value in given.items() if value is not None}
-    kind, older_kind = rope.get("rope_type"), rope.pop("type", None)
-    if kind is not None and older_kind is not None and kind != older_kind:
-        raise ValueError(f"{source} has both rope_type={kind!r} and type={older_kind!r}")
-    rope["rope_type"] = kind or older_kind or "default"
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{source}: partial_rotary_factor={given['partial_rotary_factor']!r} is not supported, only 1")
-    known = {field.name for field in fields(RopeConfig)}
-    for name, value in rope.items():
-        if name not in known:
-            raise ValueError(f"{source}: {name}={value!r} is not a field this converter knows")
-        if name not in ("rope_type", "truncate") and not _is_number(value):
-            raise ValueError(f"{source}: {name}={value!r} must be a number")
-    if not isinstance(rope.get("truncate", True), bool):
-        raise ValueError(f"{source}: truncate={rope['truncate']!r} must be true or false")
-    return rope
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    allowed = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+    if kinds is not None and any(kind not in allowed for kind in kinds):
+        raise ValueError(f"layer_types={kinds!r} is not supported, only {', '.join(map(repr, allowed))}")

@@ -18,7 +18,7 @@ from minference_jax.generate.sampling import Sampling, choose
 from minference_jax.generate.streaming import TextPieces, decode_text
 from minference_jax.implementations import device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
-from minference_jax.models import Attend, Llama
+from minference_jax.models import Attend, Decoder
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 from minference_jax.tile_table import TileTable
 
@@ -56,7 +56,7 @@ class LanguageModel:
     """A model with what it needs to read and write text.
 
     Args:
-        model: a Llama.
+        model: one of `minference_jax.models`.
         tokenizer: of transformers; None = prompts and answers are token ids only.
         patterns: of every head, for attention="minference"; None = the documented default pattern for every head.
         stop_tokens: ids that end an answer; None = the tokenizer's end-of-sequence token.
@@ -68,7 +68,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         tokenizer: Any = None,
         patterns: ModelPatterns | None = None,
         *,
@@ -87,7 +87,7 @@ class LanguageModel:
         self._graph, self._state = nnx.split(model)
 
     @property
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         """The model itself; its parameters are shared, not copied."""
         return nnx.merge(self._graph, self._state)
 

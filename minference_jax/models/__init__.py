@@ -1,14 +1,27 @@
 """Flax NNX models. A model is told how to attend and knows nothing of sparsity, checkpoints or prompts."""
 
+from minference_jax.models.config import DecoderConfig
+from minference_jax.models.decoder import Decoder
+from minference_jax.models.glm import Glm, GlmConfig
 from minference_jax.models.layers import Attend, dense_attend
 from minference_jax.models.llama import Llama, LlamaConfig
 from minference_jax.models.parameters import from_parameters, parameter_shapes, parameters_of
+from minference_jax.models.phi3 import Phi3, Phi3Config
+from minference_jax.models.qwen3 import Qwen3, Qwen3Config
 from minference_jax.models.rope import RopeConfig
 
 __all__ = [
     "Attend",
+    "Decoder",
+    "DecoderConfig",
+    "Glm",
+    "GlmConfig",
     "Llama",
     "LlamaConfig",
+    "Phi3",
+    "Phi3Config",
+    "Qwen3",
+    "Qwen3Config",
     "RopeConfig",
     "dense_attend",
     "from_parameters",

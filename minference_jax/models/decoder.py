@@ -1,9 +1,9 @@
-"""What every decoder shares around its layers: one compiled layer under a scan, the cache, the logits asked for."""
+"""What all decoders share: one compiled layer under a scan, the cache, the logits asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,91 @@ from flax import nnx
 from jax import lax
 
 from minference_jax.cache import KVCache, write_layer
-from minference_jax.models.layers import Attend
+from minference_jax.models.config import DecoderConfig
+from minference_jax.models.layers import Attend, Embedding, Linear, RMSNorm, dense_attend
+from minference_jax.models.rope import rotate, rotation_angles
+
+
+class Decoder(nnx.Module):
+    """A decoder with random parameters; `from_parameters` builds one around given arrays. A family sets `layer_type`.
+
+    Args:
+        config: shape and switches of the family.
+        rngs: keys of the random parameters.
+        param_dtype: dtype of parameters, activations and cache; norms, rotation, softmax and logits are float32.
+    """
+
+    layer_type: ClassVar[Callable[..., nnx.Module]]
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike = jnp.float32):
+        def make_layer(layer_rngs: nnx.Rngs) -> nnx.Module:
+            return type(self).layer_type(config, rngs=layer_rngs, param_dtype=param_dtype)
+
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.layers = stack_layers(config.num_layers, make_layer, rngs)
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs, param_dtype=param_dtype)
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the parameters, and so of activations and cache."""
+        return self.embed.embedding[...].dtype
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        *,
+        lengths: jax.Array | None = None,
+        attend: Attend = dense_attend,
+        layer_inputs: Any = None,
+        logits: str = "last",
+    ) -> tuple[jax.Array, KVCache, Any]:
+        """Reads new tokens after those in the cache. A step of decoding is the same call with T = 1.
+
+        Args:
+            tokens: int32 [B, T]; ids must lie in [0, vocab_size).
+            cache: of this model's shape and dtype; row b holds `cache.length[b]` tokens and must have room for T more.
+            lengths: int32 [B], true number of new tokens in each row, from 1 to T; None = T. Rows beyond are padding:
+                they are written beyond the new length, where the next call overwrites them.
+            attend: how to attend.
+            layer_inputs: pytree of arrays with leading axis L, sliced for each layer's `attend`; None = nothing.
+            logits: "last" for those after each row's last true token, "all" for every token.
+
+        Returns:
+            logits float32 [B, V] or [B, T, V]; the cache with the new tokens; what `attend` returned beside its
+            output, stacked over the layers [L, ...].
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit the model, a cache smaller than T, an unknown `logits`.
+        """
+        check_call(self.config, tokens, cache, lengths, logits, self.dtype)
+        config, (batch, count) = self.config, tokens.shape
+        if lengths is None:
+            lengths = jnp.full((batch,), count, jnp.int32)
+        positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
+        rope, size = config.rope, config.rope.rotary_dim(config.head_dim)
+        cos, sin = rotation_angles(rope, size, config.max_position_embeddings, positions, cache.length + lengths)
+        x, cache, aux = run_layers(
+            self.layers,
+            self.embed(tokens),
+            cache,
+            rotate=lambda heads: rotate(heads, cos, sin, interleaved=rope.interleaved),
+            attend=attend,
+            layer_inputs=layer_inputs,
+            lengths=lengths,
+            scale=config.head_dim**-0.5,
+        )
+        x = self.final_norm(select_rows(x, lengths, logits))
+        if self.lm_head is None:
+            return self.embed.logits(x), cache, aux
+        out = jnp.matmul(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+        return out, cache, aux
 
 
 def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minference_jax.attention import dense_attention
+from minference_jax.models.config import DecoderConfig
 
 INIT_SCALE = 0.02  # standard deviation of random kernels and embeddings
 
@@ -141,6 +142,7 @@ class Attention(nnx.Module):
         hidden_size: D.
         num_heads, num_kv_heads, head_dim: N, K, H.
         qkv_bias, o_bias: which projections have a bias.
+        qk_norm_eps: of a norm over each head's dimensions of q and k, before they turn; None = there is none.
         rngs, param_dtype: as in `Linear`.
     """
 
@@ -153,6 +155,7 @@ class Attention(nnx.Module):
         head_dim: int,
         qkv_bias: bool,
         o_bias: bool,
+        qk_norm_eps: float | None = None,
         rngs: nnx.Rngs,
         param_dtype: jax.typing.DTypeLike,
     ):
@@ -162,6 +165,9 @@ class Attention(nnx.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim, use_bias=qkv_bias)
         self.o_proj = linear(num_heads * head_dim, hidden_size, use_bias=o_bias)
+        norm = partial(RMSNorm, head_dim, param_dtype=param_dtype)
+        self.q_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
 
     def __call__(
         self,
@@ -177,7 +183,57 @@ class Attention(nnx.Module):
             attend: (q, k, v) of the new tokens -> (out [B, T, N, H], anything).
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(heads))
-        k = rotate(self.k_proj(x).reshape(heads))
-        out, extras = attend(q, k, self.v_proj(x).reshape(heads))
+        q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, extras = attend(rotate(q), rotate(k), v)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), extras
+
+
+class PreNormLayer(nnx.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual stream.
+
+    Args:
+        config: of the model.
+        qkv_bias, o_bias, mlp_bias: which projections have a bias.
+        qk_norm: whether each head's q and k are normed before they turn.
+        rngs, param_dtype: as in `Linear`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        mlp_bias: bool = False,
+        qk_norm: bool = False,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike,
+    ):
+        size = config.hidden_size
+        self.input_norm = RMSNorm(size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.attention = Attention(
+            size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            qk_norm_eps=config.rms_norm_eps if qk_norm else None,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        self.post_attention_norm = RMSNorm(size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.mlp = MLP(size, config.intermediate_size, use_bias=mlp_bias, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotate: Callable[[jax.Array], jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> (x [B, T, D], what `attend` returned beside its output); arguments as in `Attention`."""
+        out, extras = self.attention(self.input_norm(x), rotate, attend)
+        x = x + out
+        return x + self.mlp(self.post_attention_norm(x)), extras

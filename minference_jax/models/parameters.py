@@ -11,12 +11,22 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
+from minference_jax.models.config import DecoderConfig
+from minference_jax.models.decoder import Decoder
+from minference_jax.models.glm import Glm, GlmConfig
 from minference_jax.models.llama import Llama, LlamaConfig
+from minference_jax.models.phi3 import Phi3, Phi3Config
+from minference_jax.models.qwen3 import Qwen3, Qwen3Config
 
-_MODELS = {LlamaConfig: Llama}
+_MODELS: dict[type[DecoderConfig], type[Decoder]] = {
+    LlamaConfig: Llama,
+    Qwen3Config: Qwen3,
+    Phi3Config: Phi3,
+    GlmConfig: Glm,
+}
 
 
-def _abstract_model(config: LlamaConfig) -> Llama:
+def _abstract_model(config: DecoderConfig) -> Decoder:
     """The model of `config` with shapes in place of arrays."""
     if type(config) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
@@ -29,7 +39,7 @@ def _by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(str(part) for part in path): variable for path, variable in flat}
 
 
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the model; takes no memory."""
     return {name: tuple(variable.shape) for name, variable in _by_name(_abstract_model(config)).items()}
 
@@ -39,7 +49,7 @@ def parameters_of(model: nnx.Module) -> dict[str, jax.Array]:
     return {name: variable[...] for name, variable in _by_name(model).items()}
 
 
-def from_parameters(config: LlamaConfig, parameters: Mapping[str, jax.Array]) -> Llama:
+def from_parameters(config: DecoderConfig, parameters: Mapping[str, jax.Array]) -> Decoder:
     """The model of `config` around the given arrays; nothing is initialised or copied.
 
     Args:

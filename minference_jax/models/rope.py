@@ -1,14 +1,15 @@
 """Rotary position embedding: the frequencies of every supported scaling, and the rotation itself.
 
-Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071) for `yarn` and the NTK-aware rules; the frequencies agree
-with those of transformers' `modeling_rope_utils`. Unlike there, `dynamic` keeps no state: a row's frequencies depend on
-that row's own length at the call.
+Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071) for `yarn` and the NTK-aware rules; LongRoPE (arXiv
+2402.13753) for `longrope`; the frequencies agree with those of transformers' `modeling_rope_utils`. Unlike there,
+`dynamic` and `longrope` keep no state: a row's frequencies depend on that row's own length at the call.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "llama3": ("original_max_position_embeddings",),
@@ -32,7 +34,9 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "attention_factor"),
 }
+_LONGROPE = ("long_factor", "short_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +44,22 @@ class RopeConfig:
     """How positions turn into rotations. A field that `rope_type` does not use must stay None.
 
     Attributes:
-        rope_type: "default", "linear", "dynamic", "llama3" or "yarn".
+        rope_type: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
         rope_theta: base of the wavelengths.
-        factor: how many times longer the context is made (all types but default).
+        partial_rotary_factor: share of each head's dimensions that turn, the first ones; above 0, at most 1.
+        interleaved: whether dimensions (2i, 2i + 1) turn together, as in GLM, instead of (i, i + half).
+        factor: how many times longer the context is made (all types but default); longrope: None = the model's
+            max_position_embeddings over the original.
         low_freq_factor, high_freq_factor: llama3: the original context holds this many wavelengths where the scaling is
             full, and where it ends.
         original_max_position_embeddings: llama3, yarn: context before scaling, in tokens; None = the model's
-            max_position_embeddings.
-        attention_factor: yarn: what cos and sin are multiplied with; None = derived from factor (and mscale).
+            max_position_embeddings. longrope: rows longer than this use long_factor, others short_factor.
+        attention_factor: yarn, longrope: what cos and sin are multiplied with; None = derived from factor (and mscale).
         beta_fast, beta_slow: yarn: rotations over the original context above which nothing is scaled, and below
             which all is; None = 32 and 1.
         mscale, mscale_all_dim: yarn: weights of log(factor) in the derived attention_factor; None = not used.
         truncate: yarn: whether the bounds of the ramp are rounded to whole dimensions; None = True.
+        short_factor, long_factor: longrope: how much longer each wavelength is made, one number for each turned pair.
 
     Raises:
         ValueError: an unknown rope_type, a missing field, one that the type does not use, or one out of range.
@@ -59,6 +67,8 @@ class RopeConfig:
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    interleaved: bool = False
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -69,22 +79,27 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         kind = self.rope_type
         if kind not in _REQUIRED:
             raise ValueError(f"rope_type={kind!r} is not supported; the supported types are {', '.join(_REQUIRED)}")
         used = _REQUIRED[kind] + _OPTIONAL.get(kind, ())
-        for field in fields(self)[2:]:
+        for field in fields(self)[4:]:
             value = getattr(self, field.name)
             if value is None and field.name in _REQUIRED[kind]:
                 raise ValueError(f"rope_type={kind!r} needs {field.name}")
             if value is not None and field.name not in used:
                 raise ValueError(f"rope_type={kind!r} does not use {field.name}={value!r}; leave it None")
-            if value is not None and field.name != "truncate" and not value > 0:
+            numbers = value if isinstance(value, tuple) else (value,)
+            if value is not None and field.name != "truncate" and not all(number > 0 for number in numbers):
                 raise ValueError(f"{field.name}={value!r} of rope_type={kind!r} must be positive")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta={self.rope_theta!r} must be positive")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor!r} must lie above 0 and be at most 1")
         if kind == "llama3" and not self.given("high_freq_factor") > self.given("low_freq_factor"):
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
@@ -92,9 +107,25 @@ class RopeConfig:
         if kind == "yarn" and (self.beta_fast or 32) < (self.beta_slow or 1):
             raise ValueError(f"beta_fast={self.beta_fast or 32} must not be below beta_slow={self.beta_slow or 1}")
 
-    def given(self, name: str) -> float:
+    def given(self, name: str) -> Any:
         """A field that this rope_type requires, and so has."""
         return getattr(self, name)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn.
+
+        Raises:
+            ValueError: they do not make pairs, or the factors of longrope are not as many as the pairs.
+        """
+        size = int(head_dim * self.partial_rotary_factor)
+        if size % 2 or size == 0:
+            share = f" with partial_rotary_factor={self.partial_rotary_factor}"
+            raise ValueError(f"{head_dim=}{share} turns {size} dimensions: they must be pairs")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != size // 2:
+                raise ValueError(f"{name} has {len(factors)} numbers, {size} turned dimensions need {size // 2}")
+        return size
 
 
 def inverse_frequencies(
@@ -104,12 +135,12 @@ def inverse_frequencies(
 
     Args:
         rope: the scaling.
-        head_dim: H, the rotated dimensions; even.
+        head_dim: R, the dimensions that turn; even.
         max_position_embeddings: the model's context in tokens.
-        kv_len: int32 [B], true tokens of each row with the new ones; only `dynamic` looks at it.
+        kv_len: int32 [B], true tokens of each row with the new ones; only `dynamic` and `longrope` look at it.
 
     Returns:
-        float32 [H // 2], or [B, H // 2] for `dynamic`; and the factor.
+        float32 [R // 2], or [B, R // 2] for `dynamic` and `longrope`; and the factor.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     if rope.rope_type == "dynamic":
@@ -123,6 +154,10 @@ def inverse_frequencies(
         return _llama3(rope, inv_freq, original), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope, wavelength, original), _yarn_attention_factor(rope)
+    if rope.rope_type == "longrope":
+        is_long = (kv_len > original)[:, None]
+        long, short = (np.float32(1) / (np.asarray(rope.given(name), np.float32) * wavelength) for name in _LONGROPE)
+        return jnp.where(is_long, long, short), _longrope_attention_factor(rope, max_position_embeddings)
     return inv_freq, 1.0
 
 
@@ -164,6 +199,14 @@ def _yarn(rope: RopeConfig, wavelength: np.ndarray, original: int) -> np.ndarray
     return stretched * interpolated + (1 / wavelength) * (1 - interpolated)
 
 
+def _longrope_attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    original = rope.given("original_max_position_embeddings")
+    factor = max_position_embeddings / original if rope.factor is None else rope.factor
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
 def _yarn_attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
@@ -181,7 +224,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 def rotation_angles(
     rope: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array, kv_len: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position, float32 [B, T, H // 2] each, times the attention factor.
+    """cos and sin of every position, float32 [B, T, R // 2] each, times the attention factor.
 
     Args:
         rope, head_dim, max_position_embeddings: as in `inverse_frequencies`.
@@ -194,13 +237,21 @@ def rotation_angles(
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H // 2) of x [B, T, N, H]; computed in float32, returned in x's dtype.
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotates the first R dimensions of x [B, T, N, H] in pairs; computed in float32, returned in x's dtype.
 
     Args:
         x: queries or keys [B, T, N, H].
-        cos, sin: float32 [B, T, H // 2], from `rotation_angles`.
+        cos, sin: float32 [B, T, R // 2], from `rotation_angles`; R is at most H.
+        interleaved: whether the pairs are (2i, 2i + 1) instead of (i, i + R // 2).
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    size = 2 * cos.shape[-1]
+    turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    out = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([out.astype(x.dtype), rest], axis=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,39 +12,25 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from minference_jax.models import LlamaConfig, RopeConfig
-
-_LAYER_NAMES = {
-    "input_norm.scale": "input_layernorm.weight",
-    "post_attention_norm.scale": "post_attention_layernorm.weight",
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj",
-    "attention.o_proj": "self_attn.o_proj",
-}
+from minference_jax.convert.export import hf_array
+from minference_jax.convert.hf_names import Parameter, hf_tensors
+from minference_jax.models import DecoderConfig, LlamaConfig, RopeConfig
 
 
-def _state_dict(parameters: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Our parameters under transformers' names, kernels turned to [out, in]."""
-    state = {
-        "model.embed_tokens.weight": parameters["embed.embedding"],
-        "model.norm.weight": parameters["final_norm.scale"],
-        "lm_head.weight": parameters.get("lm_head.kernel", parameters["embed.embedding"].T).T,
-    }
-    for name, stacked in parameters.items():
-        if not name.startswith("layers."):
-            continue
-        suffix = name.removeprefix("layers.")
-        for ours, theirs in _LAYER_NAMES.items():
-            suffix = suffix.replace(ours, theirs)
-        for layer, array in enumerate(stacked):
-            turned = array.T if suffix.endswith("kernel") else array
-            state[f"model.layers.{layer}.{suffix.replace('kernel', 'weight')}"] = turned
-    return {name: torch.tensor(np.ascontiguousarray(array)) for name, array in state.items()}
+def _state_dict(config: DecoderConfig, parameters: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names, kernels turned to [out, in], fused where they are fused there."""
+
+    def read(parameter: Parameter) -> np.ndarray:
+        array = parameters[parameter.name]
+        return array if parameter.layer is None else array[parameter.layer]
+
+    state = {name: torch.tensor(hf_array(parts, read)) for name, parts in hf_tensors(config).items()}
+    return state | ({"lm_head.weight": state["model.embed_tokens.weight"]} if config.tie_embeddings else {})
 
 
 def _set_fields(rope: RopeConfig) -> dict[str, float | int | str | bool]:
-    return {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    given = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    return {name: value for name, value in given.items() if name not in ("interleaved", "partial_rotary_factor")}
 
 
 def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformers.PreTrainedModel:
@@ -70,7 +57,25 @@ def build(config: LlamaConfig, parameters: dict[str, np.ndarray]) -> transformer
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**shape, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
         )
-    model.load_state_dict(_state_dict(parameters), strict=True)
+    model.load_state_dict(_state_dict(config, parameters), strict=True)
+    return model.float().eval()
+
+
+def build_family(
+    fields: dict[str, Any], config: DecoderConfig, parameters: dict[str, np.ndarray]
+) -> transformers.PreTrainedModel:
+    """transformers' model of a config.json, with the same weights; it never stops by itself.
+
+    Args:
+        fields: content of config.json.
+        config: the same in our terms.
+        parameters: by our names.
+    """
+    plain = {name: value for name, value in fields.items() if name != "architectures"}
+    theirs = transformers.AutoConfig.for_model(**plain, attn_implementation="eager")
+    model = getattr(transformers, fields["architectures"][0])(theirs)
+    model.load_state_dict(_state_dict(config, parameters), strict=True)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, bos_token_id=None)
     return model.float().eval()
 
 

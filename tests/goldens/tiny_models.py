@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minference_jax.models import LlamaConfig, RopeConfig, parameter_shapes
+from minference_jax.models import DecoderConfig, LlamaConfig, RopeConfig, parameter_shapes
 
 FOLDER = Path(__file__).parent
 NEW_TOKENS = 64
@@ -76,7 +76,7 @@ CASES: dict[str, LlamaConfig] = {
 }
 
 
-def tiny_parameters(config: LlamaConfig) -> dict[str, np.ndarray]:
+def tiny_parameters(config: DecoderConfig) -> dict[str, np.ndarray]:
     """float32 parameters by our names; each depends on its name and shape alone."""
     parameters = {}
     for name, shape in parameter_shapes(config).items():
@@ -92,7 +92,7 @@ def tiny_parameters(config: LlamaConfig) -> dict[str, np.ndarray]:
     return parameters
 
 
-def tiny_prompt(config: LlamaConfig) -> np.ndarray:
+def tiny_prompt(config: DecoderConfig) -> np.ndarray:
     """int32 [PROMPT_LENGTH]."""
     return np.random.default_rng(7).integers(0, config.vocab_size, PROMPT_LENGTH).astype(np.int32)
 

@@ -213,7 +213,7 @@ def test_parameters_of_several_dtypes_are_refused():
     ("changes", "message"),
     [
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"head_dim": 7}, "head_dim=7 .*turns 7 dimensions: they must be pairs"),
         ({"num_layers": 0}, "num_layers=0 must be an integer of at least 1"),
         ({"vocab_size": 61.0}, "vocab_size=61.0 must be an integer"),
     ],
