@@ -1,4 +1,7 @@
-"""Folders that appear whole or not at all: written beside their destination, renamed at the end."""
+"""Folders that appear whole or not at all: written beside their destination, renamed at the end.
+
+Work that was interrupted can go on: an unfinished folder that was made from the same things is taken up again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -15,29 +18,34 @@ except ImportError:  # Windows: what a killed process left stays until it is del
     fcntl = None  # type: ignore[assignment]
 
 
-@contextmanager
-def written_aside(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination` to write into; removed at the end unless `publish` has renamed it.
+_IDENTITY = ".made-from"  # the file in an unfinished folder that says what it is made from
 
-    What a killed process left there earlier is removed first. A process holds a lock on its folder, which the system
+
+@contextmanager
+def written_aside(destination: Path, identity: str | None = None) -> Iterator[Path]:
+    """A folder beside `destination` to write into; removed at the end unless `publish` has renamed it.
+
+    What killed processes left there earlier is removed first. A process holds a lock on its folder, which the system
     drops when it dies, so the folder of a live one is never touched.
 
     Args:
         destination: where the folder is to go; its parent is made if need be.
+        identity: says what the folder is made from. A folder that a killed or interrupted process left is not removed
+            but taken up again, with what is in it, where it was made from the same. None = it is always a new one.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(destination)
-    while True:
-        folder = _beside(destination, "partial")
-        folder.mkdir()
-        with _locked(folder):
-            if not folder.exists():  # another process took it for a left-over before it was locked
-                continue
-            try:
-                yield folder
-            finally:
+    with ExitStack() as locks:
+        folder = _take_up(destination, identity, locks) or _make(destination, identity, locks)
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            if identity is None:
                 shutil.rmtree(folder, ignore_errors=True)
-            return
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(folder: Path, destination: Path, *, overwrite: bool) -> None:
@@ -50,6 +58,7 @@ def publish(folder: Path, destination: Path, *, overwrite: bool) -> None:
     Raises:
         FileExistsError: the destination is there and overwrite is false.
     """
+    (folder / _IDENTITY).unlink(missing_ok=True)
     if not os.path.lexists(destination):
         try:
             folder.rename(destination)
@@ -86,10 +95,26 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _remove_leftovers(destination: Path) -> None:
-    """Removes unfinished folders of dead processes, and replaced ones where the new one has arrived."""
+def _make(destination: Path, identity: str | None, locks: ExitStack) -> Path:
+    """A new unfinished folder, locked."""
+    while True:
+        folder = _beside(destination, "partial")
+        folder.mkdir()
+        locks.enter_context(_locked(folder))
+        if folder.exists():  # else another process took it for a left-over before it was locked
+            if identity is not None:
+                (folder / _IDENTITY).write_text(identity, "utf-8")
+            return folder
+
+
+def _take_up(destination: Path, identity: str | None, locks: ExitStack) -> Path | None:
+    """An unfinished folder of a dead process that was made from the same, locked; others are removed.
+
+    So are replaced folders where the new one has arrived.
+    """
     if fcntl is None:
-        return
+        return None
+    taken: Path | None = None
     kinds = ["partial", "replaced"] if destination.exists() else ["partial"]
     prefixes = tuple(f".{destination.name}.{kind}-" for kind in kinds)
     for folder in destination.parent.iterdir():
@@ -97,8 +122,19 @@ def _remove_leftovers(destination: Path) -> None:
             continue
         with suppress(OSError):  # locked by a live process, or removed by another one at this moment
             lock = os.open(folder, os.O_RDONLY)
-            try:
+            with ExitStack() as this:
+                this.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(lock)
+                if taken is None and identity is not None and _identity_of(folder) == identity:
+                    taken = folder
+                    locks.push(this.pop_all())
+                else:
+                    shutil.rmtree(folder)
+    return taken
+
+
+def _identity_of(folder: Path) -> str | None:
+    try:
+        return (folder / _IDENTITY).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,6 +1,6 @@
 """Our checkpoint folder, and loading of parameters from it or straight from any source.
 
-weights/         Orbax; one tensor for each layer of a parameter: layers.3.attention.q_proj.kernel
+weights/         Orbax, in groups of layers; one tensor for each layer of a parameter: layers.3.attention.q_proj.kernel
 config.json      the model in the terms of Hugging Face
 tokenizer.json, tokenizer_config.json, ...   what AutoTokenizer reads, and generation_config.json
 patterns.json    optional: the sparse pattern of every head
@@ -12,32 +12,38 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from minference_jax.convert.aside import publish, written_aside
 from minference_jax.convert.hf_config import read_config
 from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, read_json
+from minference_jax.convert.hf_names import Parameter
 from minference_jax.convert.hf_tokenizer import load_tokenizer_folder
-from minference_jax.convert.hf_weights import Parameter, match_weights, stored_tensors
-from minference_jax.convert.sources import locate, open_source
-from minference_jax.convert.stacking import check_store, source_layers, stack, stored_layers
+from minference_jax.convert.hf_weights import match_weights, read_parameter, stored_tensors
+from minference_jax.convert.placement import check_store, place, source_parts, stored_parts
+from minference_jax.convert.sources import folder_tokenizer, locate, open_source, source_config
 from minference_jax.convert.store import LazyTensor, TensorStore, save_tensors
 from minference_jax.convert.weight_source import DTYPES, Progress, WeightSource, cast, common_dtype, read_dtype
-from minference_jax.models.llama import LlamaConfig
-from minference_jax.patterns import read_patterns
+from minference_jax.models import DecoderConfig
+from minference_jax.models.partition import parameter_shardings
+from minference_jax.patterns.registry import resolve_patterns
 
 FORMAT_NAME = "minference-jax/checkpoint"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "minference-jax.json"
 PATTERNS_FILE = "patterns.json"
 WEIGHTS_FOLDER = "weights"
+_GROUP = re.compile(r"\w+")
+GROUP_BYTES = 2**28  # of weights that an interrupted conversion does over again, at most, unless a layer has more
 
 Source = str | os.PathLike[str]
 
@@ -51,16 +57,18 @@ def convert_model(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint folder from a pretrained model, holding one tensor in memory at a time.
+    """Writes a checkpoint folder from a pretrained model. Host memory: three times the largest parameter of a layer.
 
-    The folder is written under another name in the same parent and renamed when it is complete.
+    The folder is written under another name in the same parent and renamed when it is complete. A conversion that was
+    killed or interrupted goes on where it stopped when it is asked for again with the same source and dtype.
 
     Args:
         source: Hugging Face folder or hub id ("organisation/name"), GGUF file, or .whl or .zip with one.
         destination: the new folder.
         dtype: "float32", "bfloat16" or "float16"; None keeps the source's own (quantised GGUF tensors are float32,
             exactly; where a source mixes dtypes, float32, which holds all of them exactly).
-        patterns: pattern file to store beside the weights; None = none.
+        patterns: pattern file to store beside the weights, or a folder or release of published files, from which the
+            model's is taken; None = none.
         overwrite: whether a checkpoint at destination is replaced, once the new one is complete.
         progress: called as (bytes written, bytes in all, tensor) after every tensor.
 
@@ -73,24 +81,25 @@ def convert_model(
             match the config.
     """
     destination, chosen = Path(destination).absolute(), read_dtype(dtype)
-    _check_destination(destination, overwrite)
+    check_destination(destination, overwrite)
     with closing(open_source(locate(source))) as opened:
         config = read_config(opened.config)
         parameters = match_weights(opened, config)
         chosen = chosen or common_dtype(stored_tensors(parameters, opened))
-        if patterns is not None:
-            read_patterns(patterns).check(config.num_layers, config.num_heads)
-        with written_aside(destination) as folder:
+        stored_patterns = None if patterns is None else resolve_patterns(patterns, source, opened.config)
+        if stored_patterns is not None:
+            stored_patterns.patterns.check(config.num_layers, config.num_heads)
+        with written_aside(destination, _identity(opened, chosen)) as folder:
             tokenizer_files = opened.save_tokenizer(folder)
-            _write_json(folder / CONFIG_FILE, opened.config)
+            write_json(folder / CONFIG_FILE, opened.config)
             if tokenizer_files:
                 load_tokenizer_folder(folder)  # a checkpoint whose tokenizer does not load is not worth its weights
-            if patterns is not None:
-                shutil.copyfile(patterns, folder / PATTERNS_FILE)
-            save_tensors(folder / WEIGHTS_FOLDER, _lazy_tensors(opened, parameters, chosen, progress))
-            manifest = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "dtype": chosen.name}
+            if stored_patterns is not None:
+                (folder / PATTERNS_FILE).write_bytes(stored_patterns.raw)
+            groups = _save_weights(folder / WEIGHTS_FOLDER, opened, parameters, chosen, progress)
+            manifest = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "dtype": chosen.name, "groups": groups}
             manifest |= {"source": Path(opened.name).name, "tokenizer_files": tokenizer_files}
-            _write_json(folder / MANIFEST_FILE, manifest)
+            write_json(folder / MANIFEST_FILE, manifest)
             try:
                 publish(folder, destination, overwrite=overwrite)
             except FileExistsError:
@@ -99,46 +108,48 @@ def convert_model(
 
 
 def load_parameters(
-    source: Source, *, dtype: str | None = None, progress: Progress | None = None
-) -> tuple[LlamaConfig, dict[str, jax.Array]]:
-    """Config and parameters of a model, ready for `from_parameters`. Host memory: the model and one stacked tensor.
+    source: Source, *, dtype: str | None = None, mesh: Mesh | None = None, progress: Progress | None = None
+) -> tuple[DecoderConfig, dict[str, jax.Array]]:
+    """Config and parameters of a model, ready for `from_parameters`; each byte is read once.
+
+    Host memory: two parts of at most 256 MiB from safetensors; from a checkpoint or GGUF two of the largest tensor.
 
     Args:
         source: checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one.
         dtype: as in `convert_model`; None keeps the stored one.
-        progress: called as (bytes loaded, bytes in all, parameter) after every parameter.
+        mesh: devices to split the parameters over, by `parameter_shardings` along its axis "model"; None = the default
+            device.
+        progress: called as (bytes loaded, bytes in all, parameter) after every part.
 
     Returns:
-        The config, and name -> array on the default device, those of layers stacked [L, ...], kernels [in, out].
+        The config, and name -> array, those of layers stacked [L, ...], kernels [in, out].
 
     Raises:
-        ValueError: as in `convert_model`; a checkpoint that is incomplete or damaged.
+        ValueError: as in `convert_model`; a checkpoint that is incomplete or damaged; a mesh that does not fit.
     """
     path, chosen = locate(source), read_dtype(dtype)
     if is_checkpoint(path):
-        stored_dtype = DTYPES[_read_manifest(path)["dtype"]]
-        config = load_config(path)
-        with closing(TensorStore(path / WEIGHTS_FOLDER)) as store:
+        manifest, config = read_manifest(path), load_config(path)
+        shardings = None if mesh is None else parameter_shardings(config, mesh)
+        with closing(TensorStore(path / WEIGHTS_FOLDER, manifest["groups"])) as store:
             check_store(store, config, path)
-            return config, stack(config, chosen or stored_dtype, stored_layers(store, config), progress)
+            chosen = chosen or DTYPES[manifest["dtype"]]
+            return config, place(config, chosen, stored_parts(store, config), progress, shardings)
     with closing(open_source(path)) as opened:
         config = read_config(opened.config)
+        shardings = None if mesh is None else parameter_shardings(config, mesh)
         parameters = match_weights(opened, config)
         chosen = chosen or common_dtype(stored_tensors(parameters, opened))
-        return config, stack(config, chosen, source_layers(opened, parameters), progress)
+        return config, place(config, chosen, source_parts(opened, parameters), progress, shardings)
 
 
-def load_config(source: Source) -> LlamaConfig:
+def load_config(source: Source) -> DecoderConfig:
     """The config of a model, from any source that `load_parameters` takes; no weights are read or downloaded.
 
     Raises:
         ValueError: it is missing, or has something that our models can't honour.
     """
-    path = locate(source, weights=False)
-    if path.is_dir():
-        return read_config(read_json(path / CONFIG_FILE))
-    with closing(open_source(path)) as opened:
-        return read_config(opened.config)
+    return read_config(source_config(locate(source, weights=False)))
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -149,7 +160,7 @@ def load_tokenizer(source: Source) -> Any:
     """
     path = locate(source, weights=False)
     if path.is_dir():
-        return load_tokenizer_folder(path)
+        return folder_tokenizer(path)
     with closing(open_source(path)) as opened:
         return opened.load_tokenizer()
 
@@ -165,8 +176,7 @@ def load_stop_tokens(source: Source) -> tuple[int, ...]:
         candidates = [path / name for name in (GENERATION_FILE, CONFIG_FILE) if (path / name).is_file()]
         configs = [read_json(candidate) for candidate in candidates]
     else:
-        with closing(open_source(path)) as opened:
-            configs = [opened.config]
+        configs = [source_config(path)]
     for config in configs:
         stops = config.get("eos_token_id")
         if stops is not None:
@@ -185,7 +195,8 @@ def is_checkpoint(path: Source) -> bool:
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raises ValueError where a checkpoint can't be written."""
     if not os.path.lexists(destination):
         return
     if not overwrite:
@@ -194,11 +205,17 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
         raise ValueError(f"{destination} is not a minference-jax checkpoint, so it is not overwritten")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: dtype, groups of weights, source, tokenizer_files.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
     manifest = read_json(folder / MANIFEST_FILE)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT_NAME, FORMAT_VERSION):
         raise ValueError(
@@ -207,27 +224,61 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest.get("dtype") not in DTYPES:
         raise ValueError(f"{folder / MANIFEST_FILE} says dtype {manifest.get('dtype')!r}; known: {', '.join(DTYPES)}")
+    groups = manifest.setdefault("groups", [])
+    if not isinstance(groups, list) or not all(isinstance(name, str) and _GROUP.fullmatch(name) for name in groups):
+        raise ValueError(f"{folder / MANIFEST_FILE} says groups {groups!r}, which are not names of folders of weights")
     return manifest
 
 
-def _lazy_tensors(
-    source: WeightSource, parameters: list[Parameter], dtype: np.dtype, progress: Progress | None
-) -> dict[str, LazyTensor]:
+def _identity(source: WeightSource, dtype: np.dtype) -> str:
+    """What an unfinished checkpoint is made from, so that only the same conversion takes it up again."""
+    stats = [(str(path.absolute()), path.stat()) for path in source.files]
+    files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    kept = {"version": FORMAT_VERSION, "dtype": dtype.name, "files": files, "config": source.config}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _save_weights(
+    folder: Path, source: WeightSource, parameters: list[Parameter], dtype: np.dtype, progress: Progress | None
+) -> list[str]:
+    """Writes the groups that are not there yet; returns the names of all."""
     total = sum(math.prod(parameter.shape) for parameter in parameters) * dtype.itemsize
     done = 0
 
     def reader(parameter: Parameter) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             nonlocal done
-            array = cast(parameter.read(source), dtype, parameter.tensor)
+            array = cast(read_parameter(source, parameter), dtype, parameter.tensor)
             done += array.nbytes
             if progress is not None:
-                progress(done, total, parameter.tensor)
+                progress(done, total, parameter.key)
             return array
 
         return read
 
-    return {
-        parameter.key: LazyTensor(shape=parameter.shape, dtype=dtype, read=reader(parameter))
-        for parameter in parameters
-    }
+    folder.mkdir(exist_ok=True)
+    groups = dict(_groups(parameters, dtype))
+    for name, group in groups.items():
+        if (folder / name).is_dir():  # Orbax renames what it has written whole
+            done += sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
+            continue
+        for unfinished in folder.glob(f"{name}.*"):
+            shutil.rmtree(unfinished)
+        tensors = {
+            parameter.key: LazyTensor(shape=parameter.shape, dtype=dtype, read=reader(parameter)) for parameter in group
+        }
+        save_tensors(folder / name, tensors)
+    return list(groups)
+
+
+def _groups(parameters: list[Parameter], dtype: np.dtype) -> Iterator[tuple[str, list[Parameter]]]:
+    """Names and members of the groups: first what lies outside the layers, then layers until they make up enough."""
+    yield "outside_layers", [parameter for parameter in parameters if parameter.layer is None]
+    layers = sorted({parameter.layer for parameter in parameters if parameter.layer is not None})
+    group: list[Parameter] = []
+    for layer in layers:
+        group += [parameter for parameter in parameters if parameter.layer == layer]
+        size = sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
+        if size >= GROUP_BYTES or layer == layers[-1]:
+            yield f"layers_{group[0].layer:04}_to_{layer:04}", group
+            group = []

@@ -48,10 +48,13 @@ class GGUFSource:
             result and can't be honoured (named).
     """
 
+    reads_rows = False  # a quantised tensor is dequantised whole
+
     def __init__(self, path: Path):
         self._file = GGUFFile(path)
         try:
             self.name = self._file.name
+            self.files = (next(file for file in (path, *path.parents) if file.is_file()),)
             self._file.check_types(_GENERAL_TYPES | TOKENIZER_TYPES)
             self._architecture = _check_kind(self._file)
             self._names = {_hf_name(name): name for name in self._file.tensors if name != ROPE_FACTORS}
@@ -63,8 +66,11 @@ class GGUFSource:
             self._file.close()
             raise
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `WeightSource.read`; the rows of q and k are put back into Hugging Face's order."""
+        return self._read_all(name)[start:stop]
+
+    def _read_all(self, name: str) -> np.ndarray:
         array = self._file.read(self._names[name])
         if self._architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
             heads = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"

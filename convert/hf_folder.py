@@ -43,20 +43,25 @@ class HuggingFaceFolder:
             with the shards, a file is damaged or cut short, a tensor has a dtype other than F32, F16 and BF16.
     """
 
+    reads_rows = True
+
     def __init__(self, path: Path):
         self.path, self.name = path, str(path)
         self.config: dict[str, Any] = read_json(path / CONFIG_FILE)
         self._stored = _open_weights(path)
+        self.files = tuple(sorted({stored.path for stored in self._stored.values()}))
         self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """See `WeightSource.read`. Read, not mapped, so that memory holds one tensor and nothing else of the file."""
-        path, start, info = self._stored[name]
-        count = math.prod(info.shape) * info.dtype.itemsize
-        data = np.fromfile(path, np.uint8, count, offset=start)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `WeightSource.read`. Read, not mapped, so that memory holds these rows and nothing else of the file."""
+        path, offset, info = self._stored[name]
+        shape = info.shape if (start, stop) == (0, None) else (len(range(info.shape[0])[start:stop]), *info.shape[1:])
+        row = math.prod(info.shape[1:]) * info.dtype.itemsize
+        count = math.prod(shape) * info.dtype.itemsize
+        data = np.fromfile(path, np.uint8, count, offset=offset + start * row)
         if len(data) != count:
             raise ValueError(f"{path} is cut short: {name} needs {count} bytes, {len(data)} are there")
-        return data.view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype).reshape(shape)
 
     def load_tokenizer(self) -> Any:
         """See `WeightSource.load_tokenizer`."""

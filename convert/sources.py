@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from minference_jax.convert.chatglm import MODEL_TYPE as CHATGLM
+from minference_jax.convert.chatglm import ChatGLMFolder, read_chatglm_config
+from minference_jax.convert.chatglm_tokenizer import load_chatglm_tokenizer
 from minference_jax.convert.gguf import GGUFSource
 from minference_jax.convert.gguf_file import ARCHIVES, SUFFIX
-from minference_jax.convert.hf_folder import GENERATION_FILE, HuggingFaceFolder
-from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES
+from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, HuggingFaceFolder, read_json
+from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES, load_tokenizer_folder
 from minference_jax.convert.weight_source import WeightSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,7 +41,7 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
 
 
 def open_source(path: Path) -> WeightSource:
-    """Opens a Hugging Face folder, a GGUF file, or one inside an archive.
+    """Opens a Hugging Face folder (also of an original ChatGLM checkpoint), a GGUF file, or one inside an archive.
 
     Args:
         path: from `locate`.
@@ -46,10 +50,40 @@ def open_source(path: Path) -> WeightSource:
         ValueError: not one of these, or not a whole and supported one.
     """
     if path.is_dir():
-        return HuggingFaceFolder(path)
+        return ChatGLMFolder(path) if _is_chatglm(path) else HuggingFaceFolder(path)
     if path.suffix == SUFFIX or path.suffix in ARCHIVES or _is_member(path):
         return GGUFSource(path)
     raise ValueError(f"{path} is not a model: a folder, {SUFFIX}, or an archive of one ({', '.join(ARCHIVES)})")
+
+
+def source_config(path: Path) -> dict[str, Any]:
+    """The config of a model in the terms of transformers; of a folder no weights are needed.
+
+    Args:
+        path: from `locate`.
+
+    Raises:
+        ValueError: there is none, or it is a ChatGLM config that can't be honoured.
+    """
+    if path.is_dir():
+        config = read_json(path / CONFIG_FILE)
+        return read_chatglm_config(config) if config.get("model_type") == CHATGLM else config
+    with closing(open_source(path)) as opened:
+        return opened.config
+
+
+def folder_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder; no weights are needed.
+
+    Raises:
+        ValueError: there is none, or it can't be loaded.
+    """
+    return load_chatglm_tokenizer(path) if _is_chatglm(path) else load_tokenizer_folder(path)
+
+
+def _is_chatglm(folder: Path) -> bool:
+    """Whether a folder holds an original ChatGLM checkpoint."""
+    return (folder / CONFIG_FILE).is_file() and read_json(folder / CONFIG_FILE).get("model_type") == CHATGLM
 
 
 def _is_member(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import jax
@@ -76,24 +77,31 @@ def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 class TensorStore:
-    """An Orbax checkpoint of a flat tree, opened for reading.
+    """Orbax checkpoints of flat trees, opened for reading as one.
 
     Args:
-        folder: written by `save_tensors`.
+        folder: written by `save_tensors`, or one that holds such folders.
+        groups: names of these folders; () = the folder itself is one.
 
     Attributes:
         tensors: key -> shape and dtype.
 
     Raises:
-        ValueError: it is not a whole Orbax checkpoint.
+        ValueError: one is not a whole Orbax checkpoint.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, groups: Sequence[str] = ()):
         self.folder = folder.absolute()
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        self._folders: dict[str, Path] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         try:
-            tree = self._checkpointer.metadata(self.folder).item_metadata.tree
-            self.tensors = {key: TensorInfo(tuple(entry.shape), np.dtype(entry.dtype)) for key, entry in tree.items()}
+            for group in [self.folder / name for name in groups] or [self.folder]:
+                tree = self._checkpointer.metadata(group).item_metadata.tree
+                self._folders |= dict.fromkeys(tree, group)
+                self.tensors |= {
+                    key: TensorInfo(tuple(entry.shape), np.dtype(entry.dtype)) for key, entry in tree.items()
+                }
         except Exception as error:  # Orbax and TensorStore raise types of every kind
             raise ValueError(f"the weights in {folder} are damaged: {error}") from error
 
@@ -103,12 +111,17 @@ class TensorStore:
         Raises:
             ValueError: a part of them is missing or damaged.
         """
-        restore_args = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
-        args = ocp.args.PyTreeRestore(dict.fromkeys(keys, 0), restore_args=restore_args, partial_restore=True)
-        try:
-            return self._checkpointer.restore(self.folder, args=args)
-        except Exception as error:
-            raise ValueError(f"the weights in {self.folder} are damaged: {error}") from error
+        tensors: dict[str, np.ndarray] = {}
+        for folder, group in groupby(keys, key=self._folders.__getitem__):
+            restore_args = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in group}
+            args = ocp.args.PyTreeRestore(
+                dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
+            )
+            try:
+                tensors |= self._checkpointer.restore(folder, args=args)
+            except Exception as error:
+                raise ValueError(f"the weights in {self.folder} are damaged: {error}") from error
+        return tensors
 
     def close(self) -> None:
         """Ends Orbax's threads."""

@@ -30,16 +30,24 @@ class WeightSource(Protocol):
 
     Attributes:
         name: what was opened, for messages.
+        files: what the weights are read from.
+        reads_rows: whether reading some rows of a tensor takes no more than these.
         config: the model in the terms of a Hugging Face config.json.
         tensors: name (Hugging Face's) -> shape and dtype of every tensor there.
     """
 
     name: str
+    files: tuple[Path, ...]
+    reads_rows: bool
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in Hugging Face's layout (kernels [out, in]); nothing of it is kept.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The tensor in Hugging Face's layout (kernels [out, in]), or some of its rows; nothing of it is kept.
+
+        Args:
+            name: of the tensor.
+            start, stop: which part of its first axis; None = to its end.
 
         Raises:
             ValueError: the file does not hold what its header promises.
@@ -90,6 +98,10 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
     if not np.isfinite(out).all() and np.isfinite(array).all():
-        largest = float(np.abs(array.astype(np.float32)).max())
-        raise ValueError(f"{name} holds {largest:g}, which {dtype.name} can't; use float32 or bfloat16")
+        raise too_large(name, float(np.abs(array.astype(np.float32)).max()), dtype)
     return out
+
+
+def too_large(name: str, largest: float, dtype: np.dtype) -> ValueError:
+    """What to raise where a number lies outside a dtype's range."""
+    return ValueError(f"{name} holds {largest:g}, which {dtype.name} can't; use float32 or bfloat16")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
+
+from minference_jax.convert.weight_source import Progress
 
 _TICK_SECONDS = 0.5
 
@@ -55,6 +58,29 @@ class ByteBars:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Throughput:
+    """A progress callback that passes on what it is told, and says at the end how much there is and how fast it went.
+
+    Args:
+        progress: the callback that is told, too.
+    """
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._begin = time.monotonic()
+        self._calls: list[tuple[float, int]] = []  # the first and the last: when, and bytes done
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """Bytes done, bytes in all, and the name of what is being done."""
+        self._calls[1:] = [(time.monotonic(), done)]
+        self._progress(done, total, name)
+
+    def __str__(self) -> str:
+        (first, before), (last, done) = self._calls[0], self._calls[-1]
+        rate = f", {(done - before) / 1e6 / (last - first):.0f} MB/s" if last > first else ""
+        return f"{done / 1e9:.2f} GB in {time.monotonic() - self._begin:.1f} s{rate}"
 
 
 class Steps:
