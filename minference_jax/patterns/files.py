@@ -59,14 +59,30 @@ def read_patterns(path: str | os.PathLike[str]) -> ModelPatterns:
     Raises: ValueError, in one sentence that names the file and, where there is one, the layer and the head, when the
     content is not exactly one of the two formats; OSError when the file cannot be read.
     """
+    return parse_patterns(read_raw(path), str(Path(path)))
+
+
+def read_raw(path: str | os.PathLike[str]) -> bytes:
+    """Read the bytes of a file, at most MAX_BYTES + 1, which `parse_patterns` refuses.
+
+    path: str or path of the file. Raises: OSError when it cannot be read.
+    """
     with Path(path).open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    with at(str(Path(path))):
+        return file.read(MAX_BYTES + 1)
+
+
+def parse_patterns(raw: bytes, source: str) -> ModelPatterns:
+    """Read the content of a pattern file, as `read_patterns`.
+
+    raw: the bytes of the file. source: what to call it, in errors and as the patterns' source.
+    Raises: ValueError, in one sentence that names the source, when raw is not exactly one of the two formats.
+    """
+    with at(source):
         content = _parse(raw)
         if isinstance(content, list):
-            return _from_published(content, str(path))
+            return _from_published(content, source)
         if isinstance(content, dict):
-            return _from_ours(content, str(path))
+            return _from_ours(content, source)
         raise ValueError("a pattern file holds a JSON array (published format) or object (minference-jax format)")
 
 
