@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from minference_jax.kernels.tiles import Device, TileConfig
+from minference_jax.kernels.tiles import Device, TileConfig, compute_capability
 
 
 def check_device(device: Device, head_dim: int, itemsize: int) -> TileConfig:
@@ -17,9 +17,7 @@ def check_device(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     Raises:
       NotImplementedError: it can't.
     """
-    if device.compute_capability is None or device.compute_capability < (8, 0):
-        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
-    widest = 256 if device.compute_capability >= (9, 0) else 128
+    widest = 256 if compute_capability(device) >= (9, 0) else 128
     if itemsize != 2 or head_dim % 8 or head_dim > widest:
         raise NotImplementedError(
             f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 up to {widest}, not {head_dim}"

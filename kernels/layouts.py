@@ -70,7 +70,7 @@ def compact(mask: Array, capacity: int, fill: int = FAR) -> Array:
     return out.reshape(*mask.shape[:-1], capacity)
 
 
-def slash_offsets(slashes: Array, tiles: TileConfig) -> tuple[Array, Array]:
+def slash_offsets(slashes: Array, tiles: TileConfig, diagonals: bool = False) -> tuple[Array, Array]:
     """Covers the slashes of each head with non-overlapping blocks.
 
     Neighbouring slashes form a run; runs are so far apart that their blocks never meet. Inside a run blocks lie side
@@ -79,10 +79,14 @@ def slash_offsets(slashes: Array, tiles: TileConfig) -> tuple[Array, Array]:
     Args:
       slashes: bool [..., S], entry d True where distance d (query position minus key position, in tokens) is kept.
       tiles: tile sizes.
+      diagonals: slashes are block diagonals: distances count in blocks of ``block_kv`` tokens, S and C with them.
 
     Returns:
       offsets int32 [..., C], descending, padded with -FAR, and counts int32 [...]. C = (S + block_q) // block_kv + 3.
     """
+    if diagonals:
+        offsets, counts = slash_offsets(slashes, TileConfig(block_q=tiles.block_q // tiles.block_kv, block_kv=1))
+        return jnp.where(offsets == -FAR, -FAR, offsets * tiles.block_kv), counts
     block_q, block_kv = tiles.block_q, tiles.block_kv
     # Entry u stands for distance u, and for the block of offset block_q - block_kv - u, whose end is the end of the
     # keys that distance u needs.
@@ -152,6 +156,11 @@ def density(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, ti
     dense = jnp.where(starts < kv_len[:, None], -(-reach // tiles.block_kv) * tiles.block_kv, 0)
     kept = computed_keys(layout, q_offset, kv_len, q_len, tiles).astype(jnp.float32).sum(axis=-1)
     return kept / jnp.maximum(dense.astype(jnp.float32).sum(axis=-1), 1.0)[:, None]
+
+
+def costs_dense(share: Array) -> Array:
+    """Bool, where a ``density`` is that of dense attention, but for its rounding, or above it."""
+    return share >= 1 - 1e-6
 
 
 def everything(batch: int, num_heads: int, q_len: int, kv_capacity: int, tiles: TileConfig) -> SparseLayout:

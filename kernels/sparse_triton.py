@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from minference_jax.kernels.layouts import FAR, SparseLayout, count_above, everything, tile_starts
-from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.tiles import TileConfig, check_head_dim
 
 
 class _Blocks(NamedTuple):
@@ -102,8 +102,7 @@ def attention(
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group_size = num_heads // num_kv_heads
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 from 16 to 256")
+    check_head_dim(head_dim)
     if tiles.block_kv < 16:
         raise NotImplementedError(f"block_kv={tiles.block_kv} must be at least 16")
     slashes, listed = _blocks(layout, q_offset, kv_len, q_len, tiles)

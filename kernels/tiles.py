@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+DTYPES = ("float32", "bfloat16", "float16")  # of queries, keys and values
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileConfig:
@@ -60,6 +62,19 @@ class Device:
         return big.get(self.compute_capability, 101376)
 
 
+def compute_capability(device: Device) -> tuple[int, int]:
+    """That of a GPU on which GPU kernels run; NotImplementedError: it is no NVIDIA GPU of 8.0 or later."""
+    if device.compute_capability is None or device.compute_capability < (8, 0):
+        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
+    return device.compute_capability
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Refuses, with NotImplementedError, a head_dim that the Triton attention kernel can't do."""
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 from 16 to 256")
+
+
 def shared_memory_bytes(tiles: TileConfig, head_dim: int, itemsize: int) -> int:
     """Shared memory that the Triton attention kernel uses at most, in bytes: queries, staged keys and values, rest."""
     rows = tiles.block_q + 2 * tiles.num_stages * tiles.block_kv
@@ -98,13 +113,14 @@ def xla_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     return TileConfig()
 
 
-def _tiles(block_q: int, block_kv: int, num_warps: int, num_stages: int) -> TileConfig:
-    return TileConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+def tiles_of(*sizes: int) -> TileConfig:
+    """The tiles of all four sizes, in the order of the fields; raises as TileConfig does."""
+    return TileConfig(**dict(zip((field.name for field in dataclasses.fields(TileConfig)), sizes, strict=True)))
 
 
 TRITON_TILES = {
-    2: ((128, _tiles(64, 64, 4, 2)), (256, _tiles(64, 64, 8, 2)), (256, _tiles(64, 32, 8, 2))),
-    4: ((64, _tiles(32, 32, 4, 2)), (256, _tiles(32, 16, 8, 2))),
+    2: ((128, tiles_of(64, 64, 4, 2)), (256, tiles_of(64, 64, 8, 2)), (256, tiles_of(64, 32, 8, 2))),
+    4: ((64, tiles_of(32, 32, 4, 2)), (256, tiles_of(32, 16, 8, 2))),
 }
 """Tiles of the Triton kernel by bytes of an element, each up to a head_dim: none of them spills registers.
 
@@ -123,10 +139,8 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     Raises:
       NotImplementedError: the device is no NVIDIA GPU of compute capability 8.0 or later, or too small.
     """
-    if device.compute_capability is None or device.compute_capability < (8, 0):
-        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 8.0 or later, not {device.kind}")
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 from 16 to 256")
+    compute_capability(device)
+    check_head_dim(head_dim)
     for widest, tiles in TRITON_TILES[itemsize]:
         if head_dim <= widest and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
             return tiles

@@ -36,7 +36,7 @@ from minference_jax.capacities import check_pattern, is_fit
 from minference_jax.implementations import Implementation, device_of, first_that_can, memory_for
 from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import FAR, density
-from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.tiles import DTYPES, TileConfig
 from minference_jax.patterns import (
     AShape,
     BlockSparse,
@@ -44,8 +44,6 @@ from minference_jax.patterns import (
     PatternArrays,
     VerticalSlash,
 )
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Shared(TypedDict, total=False):
@@ -272,7 +270,7 @@ def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, devi
             raise NotImplementedError("it takes no q_offset and gives no log-sum-exp")
         return entry.dense(q, k, v, scale=scale, kv_len=None if kv_len is None else lengths["kv_len"])
 
-    return first_that_can(run, implementation, device, q)
+    return first_that_can(run, implementation, (device, q.shape[3], q.dtype.itemsize), q.shape[1])
 
 
 @functools.partial(
@@ -283,9 +281,7 @@ def _sparse(
 ) -> tuple[Array, ...]:
     where = {"scale": scale, **_lengths(kv_len, q_offset, q, k)}
 
-    def run(entry: Implementation, suitable: TileConfig):
-        if entry.sparse is None:
-            raise NotImplementedError("it has no sparse attention")
+    def run(entry, suitable: TileConfig):
         if tiles is not None:
             entry.check_tiles(tiles, device, q.shape[3], q.dtype.itemsize)
         where["tiles"] = suitable if tiles is None else tiles
@@ -303,7 +299,7 @@ def _sparse(
         out, lse = entry.sparse(q, k, v, layout._replace(windows=windows), **where)
         return out, lse, density(layout, where["q_offset"], where["kv_len"], q.shape[1], where["tiles"])
 
-    return first_that_can(run, implementation, device, q)
+    return first_that_can(run, implementation, (device, q.shape[3], q.dtype.itemsize), q.shape[1], sparse=True)
 
 
 def _lengths(kv_len: Array | None, q_offset: Array | None, q: Array, k: Array) -> dict[str, Array]:

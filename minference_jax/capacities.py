@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minference_jax.estimate import MIN_VERTICALS
+from minference_jax.estimate import MIN_VERTICALS, NUM_BLOCKS_UNIT
 from minference_jax.patterns import HeadPattern, PatternArrays, PatternKind, uniform_patterns
 
 _DEFAULT_NUM_BLOCKS = 128  # a block-sparse head may list so many before another program is compiled for more
@@ -84,7 +84,8 @@ def is_fit(pattern: PatternArrays, capacities: Capacities, kv_capacity: int):
     """Bool [N]: whether the kind and the sizes of each head can be honoured; works on numpy arrays and traced ones."""
     kind, kinds = pattern.kind, PatternKind
     has_room = (_num_columns(pattern) <= capacities.num_columns) | (capacities.num_columns >= kv_capacity)
-    has_blocks = (pattern.num_blocks <= capacities.num_blocks) | (capacities.num_blocks * 64 >= kv_capacity)
+    covers_all = capacities.num_blocks * NUM_BLOCKS_UNIT >= kv_capacity
+    has_blocks = (pattern.num_blocks <= capacities.num_blocks) | covers_all
     return (
         ((kind == kinds.VERTICAL_SLASH) & (pattern.vertical_size > 0) & (pattern.slash_size > 0) & has_room)
         | ((kind == kinds.A_SHAPE) & (pattern.sink_size > 0) & (pattern.window_size > 0) & has_room)

@@ -21,6 +21,8 @@ MIN_VERTICALS, MIN_SLASHES = 30, 50
 """Least number of verticals and slashes of a vertical-slash head."""
 FORCED_VERTICALS, FORCED_SLASHES = 30, 100
 """First keys and nearest distances that are chosen before all others."""
+NUM_BLOCKS_UNIT = 64
+"""Keys in one of a block-sparse pattern's ``num_blocks``, whatever the tiles of the kernel."""
 
 SCORES_AT_ONCE = 1 << 24
 """Block scores that block-sparse estimation holds at a time, over all heads."""

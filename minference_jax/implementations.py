@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Implementation(NamedTuple):
     check_tiles: Callable[[TileConfig, Device, int, int], None] = check_xla_tiles
 
 
+Run = Callable[[Implementation, TileConfig], Any]
 TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
 IMPLEMENTATIONS = (
     Implementation("cudnn", flash_cudnn.check_device, flash_cudnn.attention, None, whole_prompts_only=True),
@@ -78,13 +80,21 @@ def named(name: str | None) -> list[Implementation]:
     return entries
 
 
-def first_that_can(run: Callable[[Implementation, TileConfig], Any], name: str | None, device: Device, q: Array) -> Any:
-    """Runs the named implementation, or the first that does not decline with NotImplementedError."""
-    entries = [entry for entry in named(name) if name is not None or q.shape[1] >= entry.min_q_len]
+def first_that_can(
+    run: Run, name: str | None, where: tuple[Device, int, int], q_len: float = math.inf, sparse: bool = False
+) -> Any:
+    """Runs the named implementation, or the first that does not decline with NotImplementedError.
+
+    ``where`` is the device, head_dim and bytes of an element. What is slower with ``q_len`` queries is tried by name
+    only; where attention is to be ``sparse``, what has none declines.
+    """
     reasons = []
-    for entry in entries:
+    for entry in (entry for entry in named(name) if name is not None or q_len >= entry.min_q_len):
         try:
-            return run(entry, entry.tiles(device, q.shape[3], q.dtype.itemsize))
+            tiles = entry.tiles(*where)
+            if sparse and entry.sparse is None:
+                raise NotImplementedError("it has no sparse attention")
+            return run(entry, tiles)
         except NotImplementedError as error:
             reasons.append(f"{entry.name}: {error}")
     raise NotImplementedError("; ".join(reasons))
@@ -96,16 +106,7 @@ def first_sparse(name: str | None, device: Device, head_dim: int, itemsize: int)
     Raises:
       ValueError: there is none of that name. NotImplementedError: it can't run there.
     """
-    reasons = []
-    for entry in named(name):
-        try:
-            entry.tiles(device, head_dim, itemsize)
-            if entry.sparse is not None:
-                return entry
-            reasons.append(f"{entry.name}: it has no sparse attention")
-        except NotImplementedError as error:
-            reasons.append(f"{entry.name}: {error}")
-    raise NotImplementedError("; ".join(reasons))
+    return first_that_can(lambda entry, tiles: entry, name, (device, head_dim, itemsize), sparse=True)
 
 
 def device_of(*arrays: Any) -> Device:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from minference_jax import estimate
-from minference_jax.kernels.layouts import FAR, SparseLayout, compact, density, make_dense, slash_offsets
+from minference_jax.estimate import NUM_BLOCKS_UNIT
+from minference_jax.kernels.layouts import FAR, SparseLayout, compact, costs_dense, density, make_dense, slash_offsets
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.patterns import PatternArrays, PatternKind
 
 SlashGranularity = Literal["line", "block"]
-NUM_BLOCKS_UNIT = 64
-"""Keys in one of a block-sparse pattern's ``num_blocks``, whatever the tiles of the kernel."""
 
 
 def build_layout(
@@ -56,13 +55,7 @@ def build_layout(
     verticals, slashes = _verticals_and_slashes(
         q, k, pattern, scale, kv_len, q_offset, tiles.block_kv if slash_granularity == "block" else None, kernels
     )
-    if slash_granularity == "block":  # the same algorithm, counted in blocks
-        offsets, offset_counts = slash_offsets(
-            slashes, TileConfig(block_q=tiles.block_q // tiles.block_kv, block_kv=1, num_warps=1)
-        )
-        offsets = jnp.where(offsets == -FAR, -FAR, offsets * tiles.block_kv)
-    else:
-        offsets, offset_counts = slash_offsets(slashes, tiles)
+    offsets, offset_counts = slash_offsets(slashes, tiles, slash_granularity == "block")
     blocks = _block_lists(q, k, pattern, scale, kv_len, q_offset, tiles, max_num_blocks, kernels)
     windows = jnp.where(pattern.kind == PatternKind.A_SHAPE, pattern.window_size, FAR).astype(jnp.int32)
     column_counts = jnp.minimum(verticals.sum(axis=-1, dtype=jnp.int32), max_num_columns)
@@ -76,8 +69,8 @@ def build_layout(
         block_counts=blocks.block_counts,
     )
     # Scattered slashes on a short prompt can cost more tiles than dense: then dense is both cheaper and exact.
-    costs_dense = density(layout, q_offset, kv_len, q.shape[1], tiles) >= 1 - 1e-6  # 1 but for its rounding
-    return make_dense(layout, costs_dense & (pattern.kind == PatternKind.VERTICAL_SLASH), k.shape[1], tiles)
+    dense = costs_dense(density(layout, q_offset, kv_len, q.shape[1], tiles))
+    return make_dense(layout, dense & (pattern.kind == PatternKind.VERTICAL_SLASH), k.shape[1], tiles)
 
 
 def _within(pattern: PatternArrays, size: int) -> PatternArrays:

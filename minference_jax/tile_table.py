@@ -17,13 +17,12 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-from minference_jax.kernels.tiles import Device, TileConfig
+from minference_jax.kernels.tiles import DTYPES, Device, TileConfig
 
 FORMAT_NAME = "minference-jax tiles"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**22  # an entry has 0.2 kB; more is another file
 MAX_SIZE = 2**12  # of any size of a tile: far above what runs
-DTYPES = ("float32", "bfloat16", "float16")
 
 _SIZES = tuple(field.name for field in dataclasses.fields(TileConfig))
 _TIMES = ("measured_ms", "heuristic_ms")
@@ -65,8 +64,7 @@ class TileEntry:
                 f"head_dim={short_repr(self.head_dim)} and dtype={short_repr(self.dtype)} must be an integer from 1 to "
                 f"9999 and one of {', '.join(DTYPES)}"
             )
-        for name in _SIZES:
-            size = getattr(self.tiles, name)
+        for name, size in dataclasses.asdict(self.tiles).items():
             if type(size) is not int or not 1 <= size <= MAX_SIZE:
                 raise ValueError(f"{name}={short_repr(size)} must be an integer from 1 to {MAX_SIZE}")
         for name in _TIMES:
@@ -159,8 +157,7 @@ def write_tiles(path: str | os.PathLike[str], table: TileTable) -> None:
     """
     devices: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in table.entries:
-        fields = {name: getattr(entry.tiles, name) for name in _SIZES}
-        fields |= {name: getattr(entry, name) for name in _TIMES}
+        fields = dataclasses.asdict(entry.tiles) | {name: getattr(entry, name) for name in _TIMES}
         devices.setdefault(entry.device, {}).setdefault(entry.implementation, {})[entry.key] = fields
     content = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "devices": devices}
     path = Path(path)

@@ -374,9 +374,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_sizes(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, and pages more")
 
     monkeypatch.setattr(attention, "_dense", exhaust)
-    message = (
-        r"^attention of q float32\[1, 7, 4, 16\] to k and v float32\[1, 7, 2, 16\] needs more memory than is free"
-    )
+    message = r"^attention of q float32\[1, 7, 4, 16\] to k and v float32\[1, 7, 2, 16\] needs more memory than is free"
     with pytest.raises(MemoryError, match=message):
         attention.dense_attention(*make(T=7))
 

@@ -33,7 +33,7 @@ from minference_jax.bench.cases import (
 from minference_jax.bench.inputs import Activations
 from minference_jax.bench.records import peak_bytes, record
 from minference_jax.capacities import check_pattern
-from minference_jax.implementations import Implementation, device_of, first_that_can
+from minference_jax.implementations import Implementation, device_of, first_sparse
 from minference_jax.index import build_layout
 from minference_jax.kernels import flash_cudnn
 from minference_jax.kernels.layouts import SparseLayout, everything
@@ -134,15 +134,11 @@ class Bench:
             ) from error
 
     def _choose(self, case: Case) -> tuple[Implementation, TileConfig]:
-        def give(entry: Implementation, tiles: TileConfig):
-            if entry.sparse is None:
-                raise NotImplementedError("it has no sparse attention")
-            if self.tiles is not None:
-                entry.check_tiles(self.tiles, self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
-            return entry, self.tiles or tiles
-
-        q: Any = jax.ShapeDtypeStruct((1, CHECK_LENGTH, case.num_heads, case.head_dim), case.dtype)
-        return first_that_can(give, self.implementation, self.device, q)
+        where = (self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
+        entry = first_sparse(self.implementation, *where)
+        if self.tiles is not None:
+            entry.check_tiles(self.tiles, *where)
+        return entry, self.tiles or entry.tiles(*where)
 
     def _measure(self, case: Case, length: int) -> dict[str, Any]:
         entry, tiles = self._choose(case)
@@ -329,7 +325,7 @@ def _described(case: Case, length: int, tiles: TileConfig, estimated: bool) -> d
         "pattern": describe(sizes, tiles, constructed=not estimated),
         "slash_granularity": case.slash_granularity if has_slashes else None,
         "lists": "activations" if estimated else "constructed",
-        "tiles": "x".join(map(str, (tiles.block_q, tiles.block_kv, tiles.num_warps, tiles.num_stages))),
+        "tiles": "x".join(map(str, dataclasses.astuple(tiles))),
         "length": length,
         "batch": 1,
         "num_heads": case.num_heads,

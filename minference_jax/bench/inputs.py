@@ -23,6 +23,7 @@ from minference_jax.kernels.layouts import (
     FAR,
     SparseLayout,
     compact,
+    costs_dense,
     density,
     everything,
     make_dense,
@@ -137,7 +138,7 @@ def dense_where_cheaper(layout: SparseLayout, length: int, tiles: TileConfig) ->
     Args:
       layout: [1, N, ...], built for ``tiles``. length: tokens.
     """
-    return make_dense(layout, density_of(layout, length, tiles) >= 1, length, tiles)
+    return make_dense(layout, costs_dense(density_of(layout, length, tiles)), length, tiles)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -167,11 +168,7 @@ def _offsets(case: Case, share: float, wanted: int, length: int, tiles: TileConf
     rows = np.arange(case.num_heads)[:, None]
     kept = jnp.zeros((case.num_heads, size), bool).at[:, :local].set(True)
     kept = kept.at[rows, np.asarray(scattered, np.int32).reshape(case.num_heads, -1)].set(True)[None]
-    covered = jax.jit(slash_offsets, static_argnums=1)
-    if not is_block:
-        return covered(kept, tiles)
-    offsets, counts = covered(kept, TileConfig(block_q=tiles.block_q // tiles.block_kv, block_kv=1, num_warps=1))
-    return jnp.where(offsets == -FAR, -FAR, offsets * tiles.block_kv), counts
+    return jax.jit(slash_offsets, static_argnums=(1, 2))(kept, tiles, is_block)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -11,7 +11,7 @@ from minference_jax.bench.attention import Bench
 from minference_jax.bench.inputs import read_activations
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.records import append
-from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.tiles import tiles_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,10 +22,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       SystemExit: with code 1, where there was any of that.
     """
-    sizes = ("block_q", "block_kv", "num_warps", "num_stages")
     bench = Bench(
         implementation=arguments.implementation,
-        tiles=None if arguments.tiles is None else TileConfig(**dict(zip(sizes, arguments.tiles, strict=True))),
+        tiles=None if arguments.tiles is None else tiles_of(*arguments.tiles),
         repeats=arguments.repeats,
         baseline_repeats=arguments.baseline_repeats,
         activations=None if arguments.activations is None else read_activations(Path(arguments.activations)),
