@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from minference_jax.convert.hf_names import EMBEDDING, HEAD, Parameter, hf_shape, hf_tensors
-from minference_jax.convert.weight_source import TensorInfo, WeightSource
+from minference_jax.convert.weight_source import TensorInfo, WeightSource, turned
 from minference_jax.models import DecoderConfig
 
 # Buffers that older files carry; the model computes them from the config, as transformers does.
@@ -69,9 +69,9 @@ def match_weights(source: WeightSource, config: DecoderConfig) -> list[Parameter
 
 
 def read_parameter(source: WeightSource, parameter: Parameter) -> np.ndarray:
-    """One layer of a parameter in our layout: kernels are turned round (a view), all else is as stored."""
+    """One layer of a parameter in our layout: kernels are turned round, all else is as stored."""
     array = source.read(parameter.tensor, parameter.start, parameter.start + parameter.stored_shape[0])
-    return array.T if parameter.is_kernel else array
+    return turned(array) if parameter.is_kernel else array
 
 
 def _is_tied_copy(source: WeightSource, config: DecoderConfig, tensor: str) -> bool:

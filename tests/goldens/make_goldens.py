@@ -14,6 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import families
 import reference
 import smollm2
 import tiny_models
@@ -22,8 +23,13 @@ import tiny_models
 def make_tiny() -> None:
     """Logits and greedy tokens of every tiny model."""
     logits, tokens = {}, {}
-    for name, config in tiny_models.CASES.items():
-        model = reference.build(config, tiny_models.tiny_parameters(config))
+    cases = tiny_models.CASES | {name: families.our_config(name) for name in families.CASES}
+    for name, config in cases.items():
+        parameters = tiny_models.tiny_parameters(config)
+        if name in families.CASES:
+            model = reference.build_family(families.CASES[name], config, parameters)
+        else:
+            model = reference.build(config, parameters)
         prompt = tiny_models.tiny_prompt(config)
         logits[name], tokens[name] = reference.logits_and_greedy(model, prompt, tiny_models.NEW_TOKENS)
         print(name, tokens[name][:12], f"{np.abs(logits[name]).max():.2f}")
