@@ -228,11 +228,13 @@ def _reach(config: Mapping[str, Any], ours: DecoderConfig) -> int:
     chunks = config.get("dual_chunk_attention_config")
     if chunks is None:
         return ours.max_position_embeddings
-    sizes = [chunks.get(name) if isinstance(chunks, Mapping) else None for name in ("chunk_size", "local_size")]
-    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
-    if not all(isinstance(size, int) for size in sizes) or not sizes[0] > sizes[1] >= 0 or chunks.keys() - known:
+    sizes = {"original_max_position_embeddings": ours.max_position_embeddings}
+    sizes |= chunks if isinstance(chunks, Mapping) else {}
+    whole = all(isinstance(size, int) for size in sizes.values())
+    chunk, local = sizes.get("chunk_size", 0), sizes.get("local_size", -1)
+    if not whole or not chunk > local >= 0 or len(sizes) > 3:
         raise ValueError(f"dual_chunk_attention_config={chunks!r} must have chunk_size and a smaller local_size")
-    return min(ours.max_position_embeddings, sizes[0] - sizes[1], chunks.get("original_max_position_embeddings", 2**31))
+    return min(ours.max_position_embeddings, chunk - local, sizes["original_max_position_embeddings"])
 
 
 def _check_windows(config: Mapping[str, Any], ours: DecoderConfig, model_type: str) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import tiny_models
+from goldens import families, tiny_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -310,3 +310,16 @@ def test_text_needs_a_tokenizer(model):
 
 def test_committed_tokens_are_json():
     assert set(json.loads((tiny_models.FOLDER / "tiny_tokens.json").read_text())) == set(tiny_models.CASES)
+
+
+def test_an_answer_that_grows_past_where_longrope_changes_is_refused_and_one_that_does_not_is_not():
+    config = families.our_config("phi3_longrope_short")  # changes at 96 tokens
+    model = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)), stop_tokens=())
+    prefilled = model.prefill([list(range(40)), list(range(30))], attention="dense")
+    with pytest.raises(
+        ValueError, match=r"prompt of 40 tokens and max_new_tokens=58 grow past 96 .* at most 57 tokens"
+    ):
+        model.decode(prefilled, max_new_tokens=58)
+    assert len(model.complete(prefilled, max_new_tokens=57)[0].tokens) == 57
+    long = model.prefill([1] * 97, attention="dense")
+    assert len(model.complete(long, max_new_tokens=4)[0].tokens) == 4

@@ -174,8 +174,8 @@ class LanguageModel:
             key: of jax.random, where tokens are drawn; not to be used for anything else.
 
         Raises:
-            ValueError: options out of range, a missing key, or more tokens than the model has positions for. At the
-                call, not at the first token.
+            ValueError: options out of range, a missing key, more tokens than the model has positions for, or a row that
+                would grow past the length at which longrope changes. At the call, not at the first token.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p)
         sampling.check_key(key)
@@ -187,6 +187,7 @@ class LanguageModel:
                 f"a prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
                 f"the model has {self.config.max_length}"
             )
+        self._check_longrope(np.asarray(prefilled.cache.length), max_new_tokens)
         return self._decode(prefilled, longest, max_new_tokens, sampling, key)
 
     def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
@@ -199,6 +200,21 @@ class LanguageModel:
             if cache is None:  # the steps donate it: this is a copy of the prompt's
                 cache = extend_cache(prefilled.cache, bucket_length(longest + max_new_tokens))
             logits, cache = _read_token(self._graph, self._state, token, cache)
+
+    def _check_longrope(self, lengths: np.ndarray, max_new_tokens: int) -> None:
+        """Refuses rows that would grow past where longrope changes: their cache is turned by the other factors."""
+        rope = self.config.rope
+        if rope.rope_type != "longrope":
+            return
+        limit = rope.given("original_max_position_embeddings")
+        crossing = lengths[(lengths <= limit) & (lengths + max_new_tokens - 1 > limit)]
+        if crossing.size:
+            length = int(crossing.max())
+            raise ValueError(
+                f"a prompt of {length} tokens and {max_new_tokens=} grow past {limit} tokens, where this model's "
+                f"longrope changes for all of them: ask for at most {limit + 1 - length} tokens, then give prompt and "
+                f"answer as a new prompt"
+            )
 
     def complete(
         self, prefilled: PrefillResult, *, stop_tokens: Sequence[int] | None = None, **options: Any

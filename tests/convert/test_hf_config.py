@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from goldens.families import CASES
+from transformers import Glm4Config, GlmConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from minference_jax.convert.hf_config import read_config
 from minference_jax.models.rope import RopeConfig
@@ -68,7 +69,9 @@ def test_mistral_without_window_has_no_bias(mistral):
     assert not read_config(mistral).qkv_bias
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize(
+    "kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Phi3Config, GlmConfig, Glm4Config]
+)
 def test_what_transformers_writes_is_read(kind):
     options = {"sliding_window": None} if kind is MistralConfig else {}
     theirs = kind(vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **options)
@@ -128,7 +131,7 @@ def test_fields_that_change_nothing_are_accepted(llama, harmless):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map="),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 100}, "sliding_window=100"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not a field this converter knows"),
         ({"num_attention_heads": None}, "num_attention_heads is missing"),
@@ -137,7 +140,15 @@ def test_fields_that_change_nothing_are_accepted(llama, harmless):
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
         ({"attention_bias": "yes"}, "attention_bias='yes' must be true or false"),
         ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a number"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type='ntk' is not supported"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope_type='longrope' needs original_max_position_embeddings",
+        ),
+        ({"rope_scaling": {"type": "longrope", "short_factor": "1"}}, "short_factor='1' must be an array of numbers"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported for model_type llama"),
+        ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config={} is not a field"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings=64 is not a field"),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "both rope_type='yarn' and type"),
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be a number"),
@@ -162,11 +173,20 @@ def test_all_faults_are_named_at_once(llama):
 
 
 def test_mistral_with_a_window_is_refused_also_where_it_is_implied(mistral):
-    with pytest.raises(ValueError, match="sliding_window=4096"):
-        read_config(mistral | {"sliding_window": 4096})
+    with pytest.raises(ValueError, match=r"sliding_window=127 .*prompts may have 128 tokens"):
+        read_config(mistral | {"sliding_window": 127})
     del mistral["sliding_window"]
     with pytest.raises(ValueError, match="sliding_window is missing, which means 4096"):
         read_config(mistral)
+
+
+def test_a_window_as_long_as_the_longest_prompt_cuts_nothing_and_is_accepted(mistral, qwen2):
+    assert read_config(mistral | {"sliding_window": 128}) == read_config(mistral)
+    wide = {"use_sliding_window": True, "sliding_window": 128, "layer_types": ["sliding_attention"] * 3}
+    assert read_config(qwen2 | wide) == read_config(qwen2)
+    stretched = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    with pytest.raises(ValueError, match=r"sliding_window=128 .*256 tokens"):
+        read_config(mistral | {"sliding_window": 128} | stretched)
 
 
 def test_mistral_and_qwen2_must_say_how_many_kv_heads(mistral, qwen2):
@@ -177,11 +197,70 @@ def test_mistral_and_qwen2_must_say_how_many_kv_heads(mistral, qwen2):
 
 
 def test_qwen2_with_sliding_window_in_use_is_refused(qwen2):
-    with pytest.raises(ValueError, match="use_sliding_window"):
-        read_config(qwen2 | {"use_sliding_window": True})
+    with pytest.raises(ValueError, match="sliding_window=64"):
+        read_config(qwen2 | {"use_sliding_window": True, "sliding_window": 64})
+    with pytest.raises(ValueError, match="needs sliding_window"):
+        read_config(qwen2 | {"use_sliding_window": True, "sliding_window": None})
 
 
 def test_bias_switches_are_refused_where_the_architecture_has_none(mistral, qwen2):
     for config in (mistral, qwen2):
         with pytest.raises(ValueError, match="attention_bias=true is not supported"):
             read_config(config | {"attention_bias": True})
+
+
+def test_glm_turns_half_of_each_head_in_interleaved_pairs_unless_it_says_another_share():
+    config = read_config(CASES["glm"])
+    assert config.rope == RopeConfig(partial_rotary_factor=0.5, interleaved=True)
+    assert config.qkv_bias
+    assert not config.output_norms
+    fields = {
+        name: value for name, value in CASES["glm"].items() if name not in ("partial_rotary_factor", "attention_bias")
+    }
+    assert read_config(fields) == config
+    newer = fields | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
+    assert read_config(newer).rope.partial_rotary_factor == 0.25
+    assert read_config(CASES["glm4"]).output_norms
+
+
+def test_families_with_a_shape_of_their_own_must_say_it():
+    for name, missing in (("glm", "head_dim"), ("glm4", "num_key_value_heads"), ("qwen3", "head_dim")):
+        fields = {field: value for field, value in CASES[name].items() if field != missing}
+        with pytest.raises(ValueError, match=f"{missing} is missing"):
+            read_config(fields)
+
+
+def test_phi3_finds_the_original_context_outside_and_inside_its_rope_and_under_its_old_name():
+    case = CASES["phi3_longrope_long"]
+    rope = read_config(case).rope
+    assert (rope.rope_type, rope.given("original_max_position_embeddings")) == ("longrope", 16)
+    assert len(rope.given("short_factor")) == 4
+    for old in ("su", "yarn"):
+        assert read_config(case | {"rope_scaling": case["rope_scaling"] | {"type": old}}).rope == rope
+    inside = case["rope_scaling"] | {"original_max_position_embeddings": 16}
+    fields = {field: value for field, value in case.items() if field != "original_max_position_embeddings"}
+    assert read_config(fields | {"rope_scaling": inside}).rope == rope
+    with pytest.raises(ValueError, match="contradicts"):
+        read_config(case | {"rope_scaling": inside | {"original_max_position_embeddings": 32}})
+    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
+        read_config(fields)
+    with pytest.raises(ValueError, match="short_factor has 3 numbers, 8 turned dimensions need 4"):
+        read_config(case | {"rope_scaling": case["rope_scaling"] | {"short_factor": [1.0, 1.0, 1.0]}})
+    with pytest.raises(ValueError, match="only 'longrope'"):
+        read_config(case | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+def test_phi3_may_name_the_code_that_transformers_has_and_no_other():
+    theirs = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert read_config(CASES["phi3"] | {"auto_map": theirs}) == read_config(CASES["phi3"])
+    with pytest.raises(ValueError, match="auto_map="):
+        read_config(CASES["phi3"] | {"auto_map": theirs | {"AutoModel": "surprise.Model"}})
+
+
+def test_dual_chunk_attention_is_honoured_by_ending_where_it_begins(qwen2):
+    chunks = {"chunk_size": 100, "local_size": 20, "original_max_position_embeddings": 90}
+    assert read_config(qwen2 | {"dual_chunk_attention_config": chunks}).max_length == 80
+    assert read_config(qwen2 | {"dual_chunk_attention_config": chunks | {"chunk_size": 400}}).max_length == 90
+    for wrong in ({"chunk_size": 10}, {"chunk_size": 10, "local_size": 10}, chunks | {"more": 1}, 5):
+        with pytest.raises(ValueError, match="dual_chunk_attention_config="):
+            read_config(qwen2 | {"dual_chunk_attention_config": wrong})

@@ -59,7 +59,10 @@ def test_rotation_turns_pairs_half_a_head_apart_and_keeps_their_length():
     ("fields", "message"),
     [
         ({"rope_type": "ntk"}, "rope_type='ntk' is not supported; the supported types are default, linear"),
-        ({"rope_type": "longrope", "short_factor": (1.0,)}, "rope_type='longrope' needs long_factor"),
+        (
+            {"rope_type": "longrope", "short_factor": (1.0,)},
+            "rope_type='longrope' needs original_max_position_embeddings",
+        ),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0 must lie above 0"),
         ({"rope_type": "linear"}, "rope_type='linear' needs factor"),
         ({"factor": 2.0}, "rope_type='default' does not use factor=2.0"),
