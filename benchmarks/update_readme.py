@@ -1,16 +1,57 @@
 """Writes the tables of README.md from the records in benchmarks/results."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from minference_jax.bench.records import attention_table, read, with_results
+from pathlib import Path
+from typing import Any
+
+from minference_jax.bench.records import attention_table, read, with_block
 
 ROOT = Path(__file__).parent.parent
 
 
 def updated() -> str:
     """The README as it should be."""
-    results = ROOT / "benchmarks" / "results" / "attention.jsonl"
-    return with_results((ROOT / "README.md").read_text(), [attention_table(read(results))])
+    text = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    text = with_block(text, "results", attention_table(read(results / "attention.jsonl")))
+    text = with_block(text, "models", models_table(read(results / "models.jsonl")))
+    return with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
+
+
+def models_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: for each class of transformers the cases compared with it, and the largest error."""
+    newest = {one["case"]: one for one in records}
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for one in newest.values():
+        classes.setdefault(one["baseline"].removeprefix("transformers, "), []).append(one)
+    rows = [
+        f"| `{name}` | {', '.join(one['case'].replace('_', ' ') for one in group)} | "
+        f"{max(one['error'] for one in group):.1e} |"
+        for name, group in classes.items()
+    ]
+    head = ["| transformers' class | cases | largest error |", "| --- | --- | --- |"]
+    note = "The largest difference of logits over the largest logit, float32; weights convert there and back unchanged."
+    return "\n".join([*head, *rows, "", f"{note} {_where(list(newest.values()))}"])
+
+
+def convert_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: each step against a plain read of the same files, and the host memory that it took."""
+    newest = {one["case"]: one for one in records}
+    rows = [
+        f"| {name} | {one['ms'] / 1e3:.1f} | {one['baseline_ms'] / 1e3:.1f} | {one['ratio']:.2f} | "
+        f"{one['peak_bytes'] / 1e9:.2f} |"
+        for name, one in newest.items()
+    ]
+    head = ["| step | seconds | plain read, seconds | ratio | host memory, GB |", "| --- | --- | --- | --- | --- |"]
+    (size,) = {one["baseline"].split()[3] for one in newest.values()}
+    note = f"{int(size) / 1e9:.2f} GB of {records[-1]['dtype']} weights in layers of the size of Llama 3 8B."
+    return "\n".join([*head, *rows, "", f"{note} {_where(list(newest.values()))}"])
+
+
+def _where(records: list[dict[str, Any]]) -> str:
+    first = records[0]
+    return f"{first['device']}; jax {first['jax']}, commit {first['commit']}, {first['date']}."
 
 
 if __name__ == "__main__":

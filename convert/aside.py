@@ -31,7 +31,8 @@ def written_aside(destination: Path, identity: str | None = None) -> Iterator[Pa
     Args:
         destination: where the folder is to go; its parent is made if need be.
         identity: says what the folder is made from. A folder that a killed or interrupted process left is not removed
-            but taken up again, with what is in it, where it was made from the same. None = it is always a new one.
+            but taken up again, with the folders in it but not the files, where it was made from the same. None = it
+            is always a new one.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
@@ -82,7 +83,7 @@ def _beside(destination: Path, kind: str) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock by which `_remove_leftovers` tells a live process's folder."""
+    """Holds the lock by which `_take_up` tells a live process's folder."""
     if fcntl is None:
         yield
         return
@@ -126,11 +127,19 @@ def _take_up(destination: Path, identity: str | None, locks: ExitStack) -> Path 
                 this.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if taken is None and identity is not None and _identity_of(folder) == identity:
+                    _remove_files(folder)
                     taken = folder
                     locks.push(this.pop_all())
                 else:
                     shutil.rmtree(folder)
     return taken
+
+
+def _remove_files(folder: Path) -> None:
+    """Removes the files of an unfinished folder, which are soon written again and may now be others."""
+    for path in folder.iterdir():
+        if path.name != _IDENTITY and not path.is_dir():
+            path.unlink()
 
 
 def _identity_of(folder: Path) -> str | None:

@@ -90,10 +90,7 @@ def convert_model(
         if stored_patterns is not None:
             stored_patterns.patterns.check(config.num_layers, config.num_heads)
         with written_aside(destination, _identity(opened, chosen)) as folder:
-            tokenizer_files = opened.save_tokenizer(folder)
-            write_json(folder / CONFIG_FILE, opened.config)
-            if tokenizer_files:
-                load_tokenizer_folder(folder)  # a checkpoint whose tokenizer does not load is not worth its weights
+            tokenizer_files = save_small_files(opened, folder)
             if stored_patterns is not None:
                 (folder / PATTERNS_FILE).write_bytes(stored_patterns.raw)
             groups = _save_weights(folder / WEIGHTS_FOLDER, opened, parameters, chosen, progress)
@@ -205,6 +202,22 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise ValueError(f"{destination} is not a minference-jax checkpoint, so it is not overwritten")
 
 
+def save_small_files(source: WeightSource, folder: Path) -> list[str]:
+    """Writes config and tokenizer; returns the names of the tokenizer's files, none if there is no tokenizer.
+
+    Raises:
+        ValueError: the tokenizer can't be loaded; a checkpoint without it is not worth its weights.
+    """
+    names = source.save_tokenizer(folder)
+    write_json(folder / CONFIG_FILE, source.config)
+    if names:
+        try:
+            load_tokenizer_folder(folder)
+        except ValueError as error:  # which names the new folder, soon gone
+            raise ValueError(f"the tokenizer of {source.name} can't be loaded: {error.__cause__}") from error
+    return names
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -234,8 +247,8 @@ def _identity(source: WeightSource, dtype: np.dtype) -> str:
     """What an unfinished checkpoint is made from, so that only the same conversion takes it up again."""
     stats = [(str(path.absolute()), path.stat()) for path in source.files]
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    kept = {"version": FORMAT_VERSION, "dtype": dtype.name, "files": files, "config": source.config}
-    return json.dumps(kept, sort_keys=True)
+    kept = {"version": FORMAT_VERSION, "group_bytes": GROUP_BYTES, "dtype": dtype.name}
+    return json.dumps(kept | {"files": files, "config": source.config}, sort_keys=True)
 
 
 def _save_weights(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from minference_jax.convert.hf_names import Parameter, hf_shape, hf_tensors
 from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from minference_jax.convert.placement import check_store
 from minference_jax.convert.store import TensorStore
-from minference_jax.convert.weight_source import DTYPES, Progress, cast, read_dtype
+from minference_jax.convert.weight_source import DTYPES, Progress, TensorInfo, cast, read_dtype, turned
 
 SHARD_BYTES = 2**31  # most bytes of one safetensors file, unless one tensor has more
+READ_BYTES = 2**28  # most bytes that are read at once, unless one tensor has more
 
 
 def export_model(
@@ -33,7 +34,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a Hugging Face folder from a checkpoint of ours. Host memory: one shard and one tensor.
+    """Writes a Hugging Face folder from a checkpoint of ours. Host memory: one shard, and 256 MiB or one tensor.
 
     The config is the one that the checkpoint was converted with (of a GGUF file or an original ChatGLM folder, that
     model in the terms of transformers). The folder is written under another name and renamed when it is complete.
@@ -64,16 +65,13 @@ def export_model(
         check_store(store, config, source)
         with written_aside(destination) as folder:
             fields = read_json(source / CONFIG_FILE)
-            fields.pop("torch_dtype", None)  # what transformers called it before version 5
+            for name in ("torch_dtype", "auto_map"):  # the older name of dtype, and code that does not come along
+                fields.pop(name, None)
             write_json(folder / CONFIG_FILE, fields | {"dtype": chosen.name})
             for name in (*TOKENIZER_FILES, GENERATION_FILE):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
-
-            def read(parameter: Parameter) -> np.ndarray:
-                return cast(store.read([parameter.key])[parameter.key], chosen, parameter.key)
-
-            _write_shards(folder, hf_tensors(config), read, chosen, shard_bytes, progress)
+            _write_shards(folder, hf_tensors(config), store, chosen, shard_bytes, progress)
             try:
                 publish(folder, destination, overwrite=False)
             except FileExistsError:
@@ -88,31 +86,28 @@ def hf_array(parameters: list[Parameter], read: Callable[[Parameter], np.ndarray
         parameters: from `hf_tensors`.
         read: gives one of them in our layout.
     """
-    parts = [read(parameter).T if parameter.is_kernel else read(parameter) for parameter in parameters]
+    parts = [turned(read(parameter)) if parameter.is_kernel else read(parameter) for parameter in parameters]
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _write_shards(
     folder: Path,
     tensors: dict[str, list[Parameter]],
-    read: Callable[[Parameter], np.ndarray],
+    store: TensorStore,
     dtype: np.dtype,
     shard_bytes: int,
     progress: Progress | None,
 ) -> None:
     sizes = {name: math.prod(hf_shape(parameters)) * dtype.itemsize for name, parameters in tensors.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    places, done = {}, 0
+    shards = list(_portions(sizes, shard_bytes))
+    places: dict[str, str] = {}
+    done = 0
     for number, names in enumerate(shards, 1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         arrays = {}
-        for name in names:
-            arrays[name] = hf_array(tensors[name], read)
-            done += sizes[name]
+        for name, array in _read_tensors(names, tensors, store, dtype):
+            arrays[name] = array
+            done += array.nbytes
             if progress is not None:
                 progress(done, sum(sizes.values()), name)
         save_file(arrays, folder / file, metadata={"format": "pt"})
@@ -120,3 +115,35 @@ def _write_shards(
     if len(shards) > 1:
         index = {"metadata": {"total_size": done}, "weight_map": places}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _read_tensors(
+    names: list[str], tensors: dict[str, list[Parameter]], store: TensorStore, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of Hugging Face tensors; small ones are read many at once."""
+    stored: dict[str, np.ndarray] = {}
+
+    def read(parameter: Parameter) -> np.ndarray:
+        return cast(stored.pop(parameter.key), dtype, parameter.key)
+
+    keys = {name: [parameter.key for parameter in tensors[name]] for name in names}
+    sizes = {name: sum(_nbytes(store.tensors[key]) for key in keys[name]) for name in names}
+    for together in _portions(sizes, READ_BYTES):
+        stored |= store.read([key for name in together for key in keys[name]])
+        for name in together:
+            yield name, hf_array(tensors[name], read)
+
+
+def _nbytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
+def _portions(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """The names in their order, in lists of at most `limit` bytes; one that has more makes a list of its own."""
+    names: list[str] = []
+    for name, size in sizes.items():
+        if names and sum(map(sizes.__getitem__, names)) + size > limit:
+            yield names
+            names = []
+        names.append(name)
+    yield names

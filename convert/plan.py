@@ -10,10 +10,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from minference_jax.convert.checkpoint import check_destination
+from minference_jax.convert.checkpoint import check_destination, save_small_files
 from minference_jax.convert.hf_config import read_config
 from minference_jax.convert.hf_names import hf_tensors
-from minference_jax.convert.hf_tokenizer import load_tokenizer_folder
 from minference_jax.convert.hf_weights import match_weights, stored_tensors
 from minference_jax.convert.sources import locate, open_source
 from minference_jax.convert.weight_source import common_dtype, read_dtype
@@ -86,16 +85,17 @@ def plan_conversion(
         with _collected(refusals):
             check_destination(Path(destination).absolute(), overwrite)
     with _collected(refusals), closing(open_source(path)) as opened:
-        config = read_config(opened.config)
         with _collected(refusals):
-            chosen = common_dtype(stored_tensors(match_weights(opened, config), opened)) if chosen is None else chosen
+            config = read_config(opened.config)
+            weights = match_weights(opened, config)
+            chosen = chosen or common_dtype(stored_tensors(weights, opened))
         with _collected(refusals), tempfile.TemporaryDirectory() as folder:
-            if opened.save_tokenizer(Path(folder)):
-                load_tokenizer_folder(Path(folder))
+            save_small_files(opened, Path(folder))
         if patterns is not None:
             with _collected(refusals):
                 chosen_file = resolve_patterns(patterns, source, opened.config)
-                chosen_file.patterns.check(config.num_layers, config.num_heads)
+                if config is not None:
+                    chosen_file.patterns.check(config.num_layers, config.num_heads)
     size = 0 if chosen is None else chosen.itemsize
     parameters = [] if config is None else _parameters(config, size)
     return ConversionPlan(config, None if chosen is None else chosen.name, parameters, refusals)
@@ -119,5 +119,5 @@ def _collected(refusals: list[str]) -> Iterator[None]:
     """Takes down why a step refuses, and goes on."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refusals.append(str(error))

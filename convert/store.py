@@ -106,13 +106,13 @@ class TensorStore:
             raise ValueError(f"the weights in {folder} are damaged: {error}") from error
 
     def read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """The tensors of these keys as numpy arrays.
+        """The tensors of these keys as numpy arrays, in this order. A call takes some 10 ms, however few they are.
 
         Raises:
             ValueError: a part of them is missing or damaged.
         """
         tensors: dict[str, np.ndarray] = {}
-        for folder, group in groupby(keys, key=self._folders.__getitem__):
+        for folder, group in groupby(sorted(keys, key=self._folders.__getitem__), key=self._folders.__getitem__):
             restore_args = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in group}
             args = ocp.args.PyTreeRestore(
                 dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
@@ -121,7 +121,7 @@ class TensorStore:
                 tensors |= self._checkpointer.restore(folder, args=args)
             except Exception as error:
                 raise ValueError(f"the weights in {self.folder} are damaged: {error}") from error
-        return tensors
+        return {key: tensors[key] for key in keys}
 
     def close(self) -> None:
         """Ends Orbax's threads."""

@@ -190,20 +190,6 @@ def test_stop_text_ends_the_answer_however_the_pieces_fall(text, cuts, stops):
         assert not any(stop in given_out for stop in stops)
 
 
-def test_converted_model_is_read_with_its_patterns(run, tmp_path):
-    code, out, err = run("convert MODEL", str(tmp_path / "ours"), "--dtype", "bfloat16", "--patterns", "fits.json")
-    assert (code, err) == (0, "")
-    assert out.endswith(f"is now the checkpoint {tmp_path / 'ours'}\n")
-    code, out, _ = run(
-        "prefill --prompt-file prompt.txt --max-new-tokens 2 --repeats 1 --json --model", f"{tmp_path}/ours"
-    )
-    facts = json.loads(out)
-    assert (facts["dtype"], facts["pattern"]) == ("bfloat16", str(tmp_path / "ours/patterns.json"))
-    code, out, err = run("convert MODEL", str(tmp_path / "ours"))
-    assert (code, out) == (2, "")
-    assert "already exists" in err
-
-
 def test_patterns_are_shown_layer_by_layer(run):
     code, out, err = run("patterns show other.json")
     assert (code, err) == (0, "")
@@ -279,14 +265,6 @@ def test_fault_of_ours_is_not_taken_for_the_users_mistake(run, monkeypatch):
     monkeypatch.setattr(convert_command, "convert_model", lambda *args, **options: int("not a number"))
     with pytest.raises(ValueError, match="not a number"):
         run("convert MODEL there")
-
-
-def test_interrupt_ends_quietly(run, monkeypatch):
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert_command, "convert_model", interrupted)
-    assert run("convert MODEL there") == (130, "", "")
 
 
 def test_reader_that_has_enough_is_no_error(files):

@@ -31,7 +31,6 @@ ones; null = constructed. tiles: queries x keys x warps x stages. error: the lar
 Frobenius norm over a query tile in half precision. peak_bytes: most device memory that inputs, index and kernel took;
 null where an earlier measurement of the process took more.
 """
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def device_name() -> str:
@@ -212,14 +211,15 @@ def _caption(group: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def with_results(text: str, tables: Sequence[str]) -> str:
-    """A README whose results block holds these tables.
+def with_block(text: str, name: str, content: str) -> str:
+    """A README whose block of that name, between two comments, holds this content.
 
     Raises:
       ValueError: the text has no such block.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"the text needs a block between {BEGIN} and {END}")
-    return head + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + tail
+        raise ValueError(f"the text needs a block between {first} and {last}")
+    return f"{head}{first}\n{content}\n{last}{tail}"

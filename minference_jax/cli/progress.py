@@ -78,6 +78,8 @@ class Throughput:
         self._progress(done, total, name)
 
     def __str__(self) -> str:
+        if not self._calls:
+            return f"there was nothing left to write, {time.monotonic() - self._begin:.1f} s"
         (first, before), (last, done) = self._calls[0], self._calls[-1]
         rate = f", {(done - before) / 1e6 / (last - first):.0f} MB/s" if last > first else ""
         return f"{done / 1e9:.2f} GB in {time.monotonic() - self._begin:.1f} s{rate}"

@@ -21,7 +21,7 @@ from transformers import GlmConfig
 
 from minference_jax.convert.chatglm import ChatGLMFolder, read_chatglm_config
 from minference_jax.convert.hf_folder import HuggingFaceFolder
-from minference_jax.convert.sources import folder_config, folder_tokenizer, open_source
+from minference_jax.convert.sources import folder_tokenizer, open_source, source_config
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_config_is_that_of_glm(write):
     }
     assert json.loads(json.dumps(config)) == config
     folder = write()
-    assert folder_config(folder) == ChatGLMFolder(folder).config == config
+    assert source_config(folder) == ChatGLMFolder(folder).config == config
 
 
 def test_transformers_reads_the_translated_config_alike():
@@ -212,7 +212,7 @@ def test_nothing_in_the_folder_is_run(write, tmp_path):
     with_weights = open_source(folder)
     with_weights.load_tokenizer()
     with_weights.save_tokenizer(out)
-    folder_config(folder)
+    source_config(folder)
     folder_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
     assert not list(out.glob("*.py"))
@@ -221,7 +221,7 @@ def test_nothing_in_the_folder_is_run(write, tmp_path):
 def test_other_folders_are_opened_as_before(make, tmp_path):
     folder = make.folder(tmp_path / "hf")
     assert isinstance(open_source(folder), HuggingFaceFolder)
-    assert folder_config(folder)["model_type"] == "llama"
+    assert source_config(folder)["model_type"] == "llama"
     assert folder_tokenizer(folder).eos_token_id == 2
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):
