@@ -67,10 +67,10 @@ def main() -> None:
             if target.exists():
                 forget(target)
             command = [sys.executable, "-P", "-c", CHILD.format(step=step), str(source), str(target)]
-            seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            seconds, peak = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
             measured = {"suite": "convert", "case": name, "ms": 1e3 * float(seconds), "peak_bytes": int(peak)}
             measured |= {"baseline": f"plain read of {size} bytes", "baseline_ms": 1e3 * read_seconds}
-            append(RESULTS, record(**measured, ratio=float(seconds) / read_seconds, dtype="bfloat16"))
+            append(RESULTS, record(**measured, ratio=float(seconds) / read_seconds))
             print(f"{name}: {float(seconds):.1f} s, read {read_seconds:.1f} s, peak {int(peak) / 1e9:.2f} GB more")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -30,36 +30,38 @@ def written_aside(destination: Path, identity: str | None = None) -> Iterator[Pa
 
     Args:
         destination: where the folder is to go; its parent is made if need be.
-        identity: says what the folder is made from. A folder that a killed or interrupted process left is not removed
-            but taken up again, with the folders in it but not the files, where it was made from the same. None = it
-            is always a new one.
+        identity: says what the folder is made from. Then a process that is killed or interrupted, or has no room left,
+            leaves its folder, and the next one takes it up again, with the folders in it but not the files, where it
+            was made from the same. None = it is always a new one.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         folder = _take_up(destination, identity, locks) or _make(destination, identity, locks)
         try:
             yield folder
-        except KeyboardInterrupt:
-            if identity is None:
+        except BaseException as error:
+            if identity is None or isinstance(error, ValueError):  # a refusal, which would come again
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(folder: Path, destination: Path, *, overwrite: bool) -> None:
+def publish(folder: Path, destination: Path, *, replaces: Callable[[Path], bool] | None = None) -> None:
     """Renames a finished folder to its destination.
 
     Args:
         folder: from `written_aside(destination)`.
-        overwrite: whether what is there is replaced; it is renamed away first and deleted last.
+        replaces: whether what is at the destination may be replaced; it is renamed away first and deleted last. None =
+            nothing may.
 
     Raises:
-        FileExistsError: the destination is there and overwrite is false.
+        FileExistsError: something is there that may not be replaced.
     """
-    (folder / _IDENTITY).unlink(missing_ok=True)
+    _rename(folder, destination, replaces)
+    (destination / _IDENTITY).unlink(missing_ok=True)
+
+
+def _rename(folder: Path, destination: Path, replaces: Callable[[Path], bool] | None) -> None:
     if not os.path.lexists(destination):
         try:
             folder.rename(destination)
@@ -67,12 +69,14 @@ def publish(folder: Path, destination: Path, *, overwrite: bool) -> None:
         except OSError:
             if not os.path.lexists(destination):
                 raise  # else it has appeared just now, from another process
-    if not overwrite:
+    if replaces is None or not replaces(destination):
         raise FileExistsError(f"{destination} already exists")
     old = _beside(destination, "replaced")
     with _locked(destination):
         destination.rename(old)
         folder.rename(destination)
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
 
 

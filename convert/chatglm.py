@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minference_jax.convert.chatglm_tokenizer import load_chatglm_tokenizer
-from minference_jax.convert.hf_config import _HARMLESS
+from minference_jax.convert.hf_config import HARMLESS
 from minference_jax.convert.hf_folder import GENERATION_FILE, HuggingFaceFolder
 from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.weight_source import TensorInfo
@@ -142,12 +142,12 @@ class ChatGLMFolder:
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         """See `WeightSource.save_tokenizer`; always a tokenizer.json, which needs no code."""
+        if (self.path / GENERATION_FILE).is_file():
+            shutil.copyfile(self.path / GENERATION_FILE, folder / GENERATION_FILE)
         if not has_tokenizer(self.path):
             return []
         before = {path.name for path in folder.iterdir()}
         self.load_tokenizer().save_pretrained(str(folder))
-        if (self.path / GENERATION_FILE).is_file():
-            shutil.copyfile(self.path / GENERATION_FILE, folder / GENERATION_FILE)
         return sorted(path.name for path in folder.iterdir() if path.name not in before)
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
     for name, allowed in ({name: (needed,) for name, needed in _NEEDED.items()} | _FIXED).items():
         if name in config and config[name] not in allowed:
             yield f"{name}={config[name]!r} is not supported, only {allowed[0]!r}"
-    for name in sorted(config.keys() - _OWN - _HARMLESS):
+    for name in sorted(config.keys() - _OWN - HARMLESS):
         yield f"{name}={config[name]!r} is not a field this converter knows"
 
 

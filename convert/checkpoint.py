@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,17 @@ from minference_jax.convert.hf_weights import match_weights, read_parameter, sto
 from minference_jax.convert.placement import check_store, place, source_parts, stored_parts
 from minference_jax.convert.sources import folder_tokenizer, locate, open_source, source_config
 from minference_jax.convert.store import LazyTensor, TensorStore, save_tensors
-from minference_jax.convert.weight_source import DTYPES, Progress, WeightSource, cast, common_dtype, read_dtype
-from minference_jax.models import DecoderConfig
-from minference_jax.models.partition import parameter_shardings
+from minference_jax.convert.weight_source import (
+    DTYPES,
+    Progress,
+    TensorInfo,
+    WeightSource,
+    cast,
+    common_dtype,
+    read_dtype,
+)
+from minference_jax.implementations import memory_for
+from minference_jax.models import DecoderConfig, parameter_shardings
 from minference_jax.patterns.registry import resolve_patterns
 
 FORMAT_NAME = "minference-jax/checkpoint"
@@ -43,7 +52,7 @@ MANIFEST_FILE = "minference-jax.json"
 PATTERNS_FILE = "patterns.json"
 WEIGHTS_FOLDER = "weights"
 _GROUP = re.compile(r"\w+")
-GROUP_BYTES = 2**28  # of weights that an interrupted conversion does over again, at most, unless a layer has more
+GROUP_BYTES = 2**28  # layers make up a group until it has so many; an interrupted conversion does one over again
 
 Source = str | os.PathLike[str]
 
@@ -57,9 +66,10 @@ def convert_model(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint folder from a pretrained model. Host memory: three times the largest parameter of a layer.
+    """Writes a checkpoint folder from a pretrained model.
 
-    The folder is written under another name in the same parent and renamed when it is complete. A conversion that was
+    Host memory: the largest tensor, mostly the embedding, twice; once more in the new dtype where that is another. The
+    folder is written under another name in the same parent and renamed when it is complete. A conversion that was
     killed or interrupted goes on where it stopped when it is asked for again with the same source and dtype.
 
     Args:
@@ -70,7 +80,7 @@ def convert_model(
         patterns: pattern file to store beside the weights, or a folder or release of published files, from which the
             model's is taken; None = none.
         overwrite: whether a checkpoint at destination is replaced, once the new one is complete.
-        progress: called as (bytes written, bytes in all, tensor) after every tensor.
+        progress: called as (bytes read, bytes in all, tensor) after every tensor, in bytes of the checkpoint.
 
     Returns:
         The destination.
@@ -98,7 +108,7 @@ def convert_model(
             manifest |= {"source": Path(opened.name).name, "tokenizer_files": tokenizer_files}
             write_json(folder / MANIFEST_FILE, manifest)
             try:
-                publish(folder, destination, overwrite=overwrite)
+                publish(folder, destination, replaces=is_checkpoint if overwrite else None)
             except FileExistsError:
                 raise ValueError(f"{destination} appeared during the conversion; it is left as it is") from None
     return destination
@@ -107,9 +117,10 @@ def convert_model(
 def load_parameters(
     source: Source, *, dtype: str | None = None, mesh: Mesh | None = None, progress: Progress | None = None
 ) -> tuple[DecoderConfig, dict[str, jax.Array]]:
-    """Config and parameters of a model, ready for `from_parameters`; each byte is read once.
+    """Config and parameters of a model, ready for `from_parameters`.
 
-    Host memory: two parts of at most 256 MiB from safetensors; from a checkpoint or GGUF two of the largest tensor.
+    Each byte is read once, but for a repeated lm_head of a model with tied embeddings, which is compared first. Host
+    memory: four parts, of at most 256 MiB from safetensors, of the largest tensor from a checkpoint or GGUF file.
 
     Args:
         source: checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one.
@@ -123,7 +134,15 @@ def load_parameters(
 
     Raises:
         ValueError: as in `convert_model`; a checkpoint that is incomplete or damaged; a mesh that does not fit.
+        MemoryError: the devices have too little.
     """
+    with memory_for(f"the model {source}"):
+        return _load_parameters(source, dtype, mesh, progress)
+
+
+def _load_parameters(
+    source: Source, dtype: str | None, mesh: Mesh | None, progress: Progress | None
+) -> tuple[DecoderConfig, dict[str, jax.Array]]:
     path, chosen = locate(source), read_dtype(dtype)
     if is_checkpoint(path):
         manifest, config = read_manifest(path), load_config(path)
@@ -247,7 +266,8 @@ def _identity(source: WeightSource, dtype: np.dtype) -> str:
     """What an unfinished checkpoint is made from, so that only the same conversion takes it up again."""
     stats = [(str(path.absolute()), path.stat()) for path in source.files]
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    kept = {"version": FORMAT_VERSION, "group_bytes": GROUP_BYTES, "dtype": dtype.name}
+    release = [version("minference-jax"), FORMAT_VERSION]  # another one may divide the weights in other groups
+    kept = {"release": release, "group_bytes": GROUP_BYTES, "dtype": dtype.name}
     return json.dumps(kept | {"files": files, "config": source.config}, sort_keys=True)
 
 
@@ -272,16 +292,27 @@ def _save_weights(
     folder.mkdir(exist_ok=True)
     groups = dict(_groups(parameters, dtype))
     for name, group in groups.items():
-        if (folder / name).is_dir():  # Orbax renames what it has written whole
+        if _holds(folder / name, group, dtype):
             done += sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
             continue
-        for unfinished in folder.glob(f"{name}.*"):
+        for unfinished in folder.glob(f"{name}*"):  # Orbax writes under a longer name and renames it at the end
             shutil.rmtree(unfinished)
         tensors = {
             parameter.key: LazyTensor(shape=parameter.shape, dtype=dtype, read=reader(parameter)) for parameter in group
         }
         save_tensors(folder / name, tensors)
     return list(groups)
+
+
+def _holds(folder: Path, group: list[Parameter], dtype: np.dtype) -> bool:
+    """Whether a folder is a group that was written whole."""
+    if not folder.is_dir():
+        return False
+    try:
+        with closing(TensorStore(folder)) as store:
+            return store.tensors == {parameter.key: TensorInfo(parameter.shape, dtype) for parameter in group}
+    except ValueError:
+        return False
 
 
 def _groups(parameters: list[Parameter], dtype: np.dtype) -> Iterator[tuple[str, list[Parameter]]]:

@@ -73,7 +73,7 @@ def export_model(
                     shutil.copyfile(source / name, folder / name)
             _write_shards(folder, hf_tensors(config), store, chosen, shard_bytes, progress)
             try:
-                publish(folder, destination, overwrite=False)
+                publish(folder, destination)
             except FileExistsError:
                 raise ValueError(f"{destination} appeared during the export; it is left as it is") from None
     return destination

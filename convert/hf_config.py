@@ -34,7 +34,7 @@ class _Family:
     partial_rotary_factor: float | None = None
     interleaved: bool = False
     own_fields: tuple[str, ...] = ()
-    own_code: tuple[str, ...] = ()
+    own_code: frozenset[str] = frozenset()
 
 
 _GLM: dict[str, Any] = {
@@ -67,7 +67,7 @@ _FAMILIES = {
         config=Phi3Config,
         partial_rotary_factor=1.0,
         own_fields=("original_max_position_embeddings",),
-        own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"),
+        own_code=frozenset({"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"}),
     ),
     "glm": _Family(architecture="GlmForCausalLM", **_GLM),
     "glm4": _Family(architecture="Glm4ForCausalLM", fixed={"output_norms": True}, **_GLM),
@@ -84,6 +84,7 @@ _SIZES = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _SWITCHES = ("attention_bias", "mlp_bias")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 _READ = frozenset(
     {
@@ -102,6 +103,7 @@ _READ = frozenset(
         "rope_parameters",
         "sliding_window",
         "use_sliding_window",
+        "max_window_layers",
         "layer_types",
     }
 )
@@ -114,6 +116,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "compression_config": (None,),
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False,),
+    "lm_head_bias": (False, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
+    "use_mrope": (False, None),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,),
@@ -124,7 +130,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 # Fields that say nothing about the forward pass: names, training, generation, serving, the tool that wrote the file.
 # fmt: off
-_HARMLESS = frozenset((
+HARMLESS = frozenset((
     "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "transformers.js_config",
     "is_llama_config", "unsloth_fixed", "unsloth_version", "_attn_implementation", "_attn_implementation_autoset",
     "attn_implementation", "use_cache", "use_return_dict", "return_dict", "output_attentions",
@@ -133,7 +139,7 @@ _HARMLESS = frozenset((
     "forced_bos_token_id", "forced_eos_token_id", "tokenizer_class", "prefix", "begin_suppress_tokens",
     "suppress_tokens", "bad_words_ids", "initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop",
     "resid_pdrop", "classifier_dropout", "task_specific_params", "problem_type", "finetuning_task", "id2label",
-    "label2id", "num_labels", "max_window_layers", "max_length", "max_sequence_length", "model_max_length",
+    "label2id", "num_labels", "max_length", "max_sequence_length", "model_max_length",
     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
     "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
@@ -150,8 +156,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             and that of transformers 5 (rope_parameters).
 
     Raises:
-        ValueError: names every field that is missing, unknown, or has a value that our models can't honour. A sliding
-            window is honoured where it is as long as the longest prompt, and so cuts nothing off.
+        ValueError: names every field that is missing, unknown, or has a value that our models can't honour.
+
+    A sliding window, and dual chunk attention, are honoured by `longest_prompt`: up to there they change nothing.
 
     Source: the fields and defaults of transformers' configs of these types. Where those give a missing shape a default
     of one particular checkpoint, the field is needed here.
@@ -179,8 +186,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             tie_embeddings=bool(config.get("tie_word_embeddings")),
             **switches,
         )
-        ours = replace(ours, max_position_embeddings=_reach(config, ours))
-        _check_windows(config, ours, model_type)
+        ours = replace(ours, longest_prompt=_longest_prompt(config, ours, model_type))
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
     return ours
@@ -190,10 +196,10 @@ def _unsupported_fields(config: Mapping[str, Any], family: _Family, model_type: 
     """What is wrong with fields taken one by one, each fault naming its field."""
     needed = (*_SIZES, "rms_norm_eps", *family.needed)
     faults = [f"{name} is missing" for name in needed if config.get(name) is None]
-    for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
+    for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers"):
         value = config.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            faults.append(f"{name}={value!r} must be an integer of at least 1")
+        if value is not None and (type(value) is not int or value < (name != "max_window_layers")):
+            faults.append(f"{name}={value!r} must be an integer of at least {int(name != 'max_window_layers')}")
     if config.get("rms_norm_eps") is not None and not is_number(config["rms_norm_eps"]):
         faults.append(f"rms_norm_eps={config['rms_norm_eps']!r} must be a number")
     for name in (*_SWITCHES, "tie_word_embeddings", "use_sliding_window"):
@@ -212,49 +218,58 @@ def _unknown_fields(config: Mapping[str, Any], family: _Family) -> list[str]:
     """Fields that are not known, and those that have one value only which these models honour."""
     faults = []
     code = config.get("auto_map")
-    if code is not None and not (isinstance(code, dict) and all(name in family.own_code for name in code.values())):
+    if code is not None and not (
+        isinstance(code, dict) and set(map(_without_origin, code.values())) <= family.own_code
+    ):
         faults.append(f"auto_map={code!r} is not supported: it names code, which is never run")
     if family.partial_rotary_factor is None and config.get("partial_rotary_factor") not in (None, 1):
         faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported, only 1")
     for name, allowed in _FIXED.items():
         if name in config and config[name] not in allowed:
             faults.append(f"{name}={config[name]!r} is not supported, only {allowed[0]!r}")
-    unknown = sorted(config.keys() - _READ - _FIXED.keys() - _HARMLESS - set(family.own_fields))
+    unknown = sorted(config.keys() - _READ - _FIXED.keys() - HARMLESS - set(family.own_fields))
     return faults + [f"{name}={config[name]!r} is not a field this converter knows" for name in unknown]
 
 
-def _reach(config: Mapping[str, Any], ours: DecoderConfig) -> int:
-    """max_position_embeddings, cut to where dual chunk attention, which our models do not have, changes nothing."""
+def _without_origin(code: object) -> str:
+    """A class that auto_map names, without the hub id that transformers puts before it."""
+    return str(code).rpartition("--")[2]
+
+
+def _longest_prompt(config: Mapping[str, Any], ours: DecoderConfig, model_type: str) -> int | None:
+    """Up to how many tokens a model without sliding windows and dual chunk attention is the same; None = any number."""
+    limits = [_window(config, ours, model_type), _one_chunk(config)]
+    known = [limit for limit in limits if limit is not None and limit < ours.max_length]
+    return min(known, default=None)
+
+
+def _one_chunk(config: Mapping[str, Any]) -> int | None:
+    """Tokens of one chunk of dual chunk attention without those that it shares with the next."""
     chunks = config.get("dual_chunk_attention_config")
     if chunks is None:
-        return ours.max_position_embeddings
-    sizes = {"original_max_position_embeddings": ours.max_position_embeddings}
-    sizes |= chunks if isinstance(chunks, Mapping) else {}
-    whole = all(isinstance(size, int) for size in sizes.values())
-    chunk, local = sizes.get("chunk_size", 0), sizes.get("local_size", -1)
-    if not whole or not chunk > local >= 0 or len(sizes) > 3:
+        return None
+    sizes = dict(chunks) if isinstance(chunks, Mapping) else {}
+    original = sizes.pop("original_max_position_embeddings", 2**31)
+    chunk, local = sizes.pop("chunk_size", 0), sizes.pop("local_size", -1)
+    if sizes or not all(type(size) is int for size in (original, chunk, local)) or not chunk > local >= 0:
         raise ValueError(f"dual_chunk_attention_config={chunks!r} must have chunk_size and a smaller local_size")
-    return min(ours.max_position_embeddings, chunk - local, sizes["original_max_position_embeddings"])
+    return min(chunk - local, original)
 
 
-def _check_windows(config: Mapping[str, Any], ours: DecoderConfig, model_type: str) -> None:
-    """Raises ValueError where a sliding window would cut something off."""
-    is_qwen = model_type in ("qwen2", "qwen3")  # whose window counts only with use_sliding_window
-    if model_type == "mistral" and "sliding_window" not in config:
-        raise ValueError(
-            "sliding_window is missing, which means 4096; only null, or no less than the context, is supported"
-        )
-    if config.get("use_sliding_window") and not is_qwen:
-        raise ValueError(f"use_sliding_window=true is not supported for model_type {model_type}")
-    window = config.get("sliding_window") if not is_qwen or config.get("use_sliding_window") else None
-    if is_qwen and config.get("use_sliding_window") and window is None:
-        raise ValueError("use_sliding_window=true needs sliding_window")
-    if window is not None and window < ours.max_length:
-        raise ValueError(
-            f"sliding_window={window} is not supported: these models attend without a window, and prompts may have "
-            f"{ours.max_length} tokens"
-        )
+def _window(config: Mapping[str, Any], ours: DecoderConfig, model_type: str) -> int | None:
+    """The length of the sliding window of any layer."""
     kinds = config.get("layer_types")
-    allowed = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
-    if kinds is not None and any(kind not in allowed for kind in kinds):
-        raise ValueError(f"layer_types={kinds!r} is not supported, only {', '.join(map(repr, allowed))}")
+    if kinds is not None and not (isinstance(kinds, list) and set(map(str, kinds)) <= set(_LAYER_TYPES)):
+        raise ValueError(f"layer_types={kinds!r} is not supported, only {' and '.join(map(repr, _LAYER_TYPES))}")
+    slides = config.get("use_sliding_window")
+    if model_type not in ("qwen2", "qwen3"):
+        if slides:
+            raise ValueError(f"use_sliding_window=true is not supported for model_type {model_type}")
+        window = config.get("sliding_window", 4096 if model_type == "mistral" else None)
+    else:  # where the window counts only with use_sliding_window, and from layer max_window_layers on
+        begin = config.get("max_window_layers")
+        nowhere = begin is not None and begin >= ours.num_layers if kinds is None else _LAYER_TYPES[1] not in kinds
+        window = None if not slides or nowhere else config.get("sliding_window", 4096)
+    if window is None and kinds is not None and _LAYER_TYPES[1] in kinds:
+        raise ValueError(f"layer_types={kinds!r} needs sliding_window")
+    return window

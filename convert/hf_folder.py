@@ -69,12 +69,11 @@ class HuggingFaceFolder:
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         """See `WeightSource.save_tokenizer`; known files only are copied, byte for byte, never code."""
-        if not has_tokenizer(self.path):
-            return []
-        names = [name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (self.path / name).is_file()]
+        kinds = TOKENIZER_FILES if has_tokenizer(self.path) else ()
+        names = [name for name in (*kinds, GENERATION_FILE) if (self.path / name).is_file()]
         for name in names:
             shutil.copyfile(self.path / name, folder / name)
-        return names
+        return names if kinds else []
 
     def close(self) -> None:
         """See `WeightSource.close`; no file stays open between calls."""
@@ -90,7 +89,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:  # also digits beyond what Python reads
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
@@ -111,7 +112,7 @@ def _open_weights(folder: Path) -> dict[str, _Stored]:
             f"{folder} holds pickled weights only ({', '.join(pickles)}), which can run code when loaded; "
             f"save the model as safetensors first"
         )
-    raise ValueError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    raise ValueError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}, so it is no Hugging Face folder")
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, _Stored]:
@@ -142,6 +143,14 @@ def _leaves_folder(name: str) -> bool:
     )
 
 
+def _two(offsets: Any) -> tuple[int, int]:
+    """Two whole numbers; raises ValueError or TypeError where they are not."""
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int:
+        raise TypeError("offsets must be whole numbers")
+    return begin, end
+
+
 def _read_header(path: Path) -> dict[str, _Stored]:
     """Where the tensors of a safetensors file lie: 8 bytes of header length, a JSON header, then the data."""
     size = path.stat().st_size
@@ -154,16 +163,14 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {
-            name: (entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
+            name: (str(entry["dtype"]), tuple(entry["shape"]), *_two(entry["data_offsets"]))
             for name, entry in header.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {type(error).__name__} in its header") from None
     others = sorted({dtype for dtype, *_ in entries.values() if dtype not in _DTYPES})
     if others:
-        raise ValueError(
-            f"{path} holds tensors of dtype {', '.join(map(str, others))}; supported: {', '.join(_DTYPES)}"
-        )
+        raise ValueError(f"{path} holds tensors of dtype {', '.join(others)}; supported: {', '.join(_DTYPES)}")
     stored = {}
     for name, (dtype, shape, begin, end) in entries.items():
         if not all(isinstance(side, int) and side >= 0 for side in shape) or begin < 0:

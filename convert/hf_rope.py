@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -46,8 +47,8 @@ def read_rope(config: Mapping[str, Any], partial_rotary_factor: float | None, *,
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _one_value(config: Mapping[str, Any], newer: dict[str, Any], older: dict[str, Any], name: str) -> Any:
@@ -86,6 +87,8 @@ def _rope_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if kind is not None and older_kind is not None and kind != older_kind:
         raise ValueError(f"{source} has both rope_type={kind!r} and type={older_kind!r}")
     rope["rope_type"] = kind or older_kind or "default"
+    if not isinstance(rope["rope_type"], str):
+        raise ValueError(f"{source}: rope_type={rope['rope_type']!r} must be a string")
     known = {field.name for field in fields(RopeConfig)} - {"interleaved"}
     for name, value in rope.items():
         if name not in known:

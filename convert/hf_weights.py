@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from minference_jax.convert.hf_names import EMBEDDING, HEAD, Parameter, hf_shape, hf_tensors
-from minference_jax.convert.weight_source import TensorInfo, WeightSource, turned
+from minference_jax.convert.weight_source import PART_BYTES, TensorInfo, WeightSource, turned
 from minference_jax.models import DecoderConfig
 
 # Buffers that older files carry; the model computes them from the config, as transformers does.
@@ -78,12 +77,13 @@ def _is_tied_copy(source: WeightSource, config: DecoderConfig, tensor: str) -> b
     """Whether a tied model's file repeats the embedding as lm_head, bit for bit."""
     if tensor != HEAD or not config.tie_embeddings or source.tensors.get(EMBEDDING) != source.tensors[HEAD]:
         return False
-    # compared by digest, so that only one of the two is in memory
-    return _digest(source.read(EMBEDDING)) == _digest(source.read(HEAD))
-
-
-def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
+    rows, features = source.tensors[HEAD].shape
+    step = max(1, PART_BYTES // (features * source.tensors[HEAD].dtype.itemsize)) if source.reads_rows else rows
+    for begin in range(0, rows, step):
+        embedding, head = (source.read(name, begin, begin + step).tobytes() for name in (EMBEDDING, HEAD))
+        if embedding != head:
+            return False
+    return True
 
 
 def stored_tensors(parameters: list[Parameter], source: WeightSource) -> Mapping[str, TensorInfo]:

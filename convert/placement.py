@@ -17,10 +17,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from minference_jax.convert.hf_names import Parameter, layer_key, layers_of
 from minference_jax.convert.hf_weights import WeightError
 from minference_jax.convert.store import TensorStore
-from minference_jax.convert.weight_source import Progress, WeightSource, too_large
+from minference_jax.convert.weight_source import PART_BYTES, Progress, WeightSource, too_large
 from minference_jax.models import DecoderConfig, parameter_shapes
 
-PART_BYTES = 2**28  # most bytes of a tensor that are read at once, where the source can read rows
 _READ_AT_ONCE = 2**26  # bytes; how many layers of a small tensor are read from a checkpoint in one go
 
 
@@ -121,7 +120,7 @@ def place(
     progress: Progress | None,
     shardings: Mapping[str, Sharding] | None = None,
 ) -> dict[str, jax.Array]:
-    """All parameters as arrays on their devices. Host memory: two parts.
+    """All parameters as arrays on their devices. Host memory: two parts, and what of them is copied for the devices.
 
     Args:
         config: of the model.
@@ -149,31 +148,32 @@ def place(
 
 
 class _Target:
-    """One parameter while its parts arrive: a buffer on each device, for the box of it that lies there."""
+    """One parameter while its parts arrive: a buffer on each device, for the box of it that lies there.
+
+    Devices with the same box get the same part.
+    """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding):
         self._name, self._shape, self._dtype, self._sharding = name, shape, dtype, sharding
-        self._boxes = {
-            device: tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-        self._buffers = {
-            device: jnp.zeros([high - low for low, high in box], dtype, device=device)
-            for device, box in self._boxes.items()
-        }
+        self._boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        self._buffers: dict[jax.Device, jax.Array] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            box = tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
+            self._boxes.setdefault(box, []).append(device)
+            self._buffers[device] = jnp.zeros([high - low for low, high in box], dtype, device=device)
         self._previous: list[jax.Array] = []
 
     def add(self, part: Part) -> None:
         """Copies a part to where it belongs, while the next one is read."""
         lost = []
-        for device, box in self._boxes.items():
+        for box, devices in self._boxes.items():
             if (cut := part.cut(box)) is None:
                 continue
-            values, largest = _prepare(
-                jax.device_put(np.ascontiguousarray(cut.array), device), self._dtype, is_turned=cut.is_turned
-            )
-            self._buffers[device] = _write(self._buffers[device], values, np.array(cut.start, np.int32))
-            lost.append(largest)
+            array, start = np.ascontiguousarray(cut.array), np.array(cut.start, np.int32)
+            for device in devices:
+                values, largest = _prepare(jax.device_put(array, device), self._dtype, is_turned=cut.is_turned)
+                self._buffers[device] = _write(self._buffers[device], values, start)
+                lost.append(largest)
         self._wait()
         self._previous = lost
 
@@ -197,9 +197,9 @@ def _prepare(values: jax.Array, dtype: np.dtype, *, is_turned: bool) -> tuple[ja
     rounded = (values.T if is_turned else values).astype(dtype)
     largest = jnp.zeros((), jnp.float32)
     if values.dtype != dtype:
-        finite = jnp.isfinite(values)
-        fits = jnp.isfinite(rounded).all() | ~finite.all()
-        largest = jnp.where(fits, 0, jnp.max(jnp.abs(values).astype(jnp.float32), where=finite, initial=0))
+        lost = jnp.isfinite(values.T if is_turned else values) & ~jnp.isfinite(rounded)
+        sizes = jnp.abs(values.T if is_turned else values).astype(jnp.float32)
+        largest = jnp.max(sizes, where=lost, initial=0)
     return rounded, largest
 
 

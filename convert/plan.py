@@ -26,7 +26,7 @@ class PlannedParameter(NamedTuple):
     Attributes:
         name: ours.
         shape: stacked over the layers, in our layout.
-        nbytes: of all layers, in the dtype of the checkpoint.
+        nbytes: of all layers, in the dtype of the checkpoint; 0 where that is not known.
         tensor: the tensor it comes from; {} stands for the layer.
         rows: which rows of that tensor, where it holds several parameters; None = all.
     """
@@ -76,9 +76,9 @@ def plan_conversion(
         source, destination, dtype, patterns, overwrite: as in `convert_model`; destination None = it is not checked.
 
     Raises:
-        ValueError: no such model, or an unknown dtype.
+        ValueError: no such model, a hub id that is not downloaded yet, or an unknown dtype.
     """
-    chosen, path = read_dtype(dtype), locate(source)
+    chosen, path = read_dtype(dtype), locate(source, download=False)
     config: DecoderConfig | None = None
     refusals: list[str] = []
     if destination is not None:
@@ -119,5 +119,7 @@ def _collected(refusals: list[str]) -> Iterator[None]:
     """Takes down why a step refuses, and goes on."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        refusals.append(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
         refusals.append(str(error))

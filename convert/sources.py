@@ -22,12 +22,13 @@ _HUB_SMALL = ["config.json", GENERATION_FILE, *TOKENIZER_FILES]
 _HUB_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 
 
-def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+def locate(source: str | os.PathLike[str], *, weights: bool = True, download: bool = True) -> Path:
     """The local path of a model: itself where it exists, else a hub id's snapshot, downloaded where it is not cached.
 
     Args:
         source: a path, or "organisation/name" on the Hugging Face hub; a path that exists wins.
         weights: whether the weights of a hub id are needed too, or only config and tokenizer.
+        download: whether what is not cached is downloaded; else it is refused.
 
     Raises:
         ValueError: neither a path that exists nor a hub id that can be had.
@@ -37,7 +38,7 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
         return path
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise ValueError(f"{source} does not exist, and is no Hugging Face id (organisation/name) either")
-    return _download(source, _HUB_SMALL + (_HUB_WEIGHTS if weights else []))
+    return _download(source, _HUB_SMALL + (_HUB_WEIGHTS if weights else []), download)
 
 
 def open_source(path: Path) -> WeightSource:
@@ -91,7 +92,7 @@ def _is_member(path: Path) -> bool:
     return any(parent.suffix in ARCHIVES and parent.is_file() for parent in path.parents)
 
 
-def _download(model_id: str, files: list[str]) -> Path:
+def _download(model_id: str, files: list[str], download: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from tqdm import tqdm
@@ -103,12 +104,17 @@ def _download(model_id: str, files: list[str]) -> Path:
             super().__init__(*args, **(options | {"disable": True}))
 
     try:
-        return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=files, tqdm_class=Silent))
+        options: dict[str, Any] = {"allow_patterns": files, "tqdm_class": Silent, "local_files_only": not download}
+        return Path(huggingface_hub.snapshot_download(model_id, **options))
     except GatedRepoError:
         raise ValueError(f"{model_id} is gated: accept its terms on huggingface.co and log in first") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{model_id} is neither a local path nor a model on the Hugging Face hub") from None
     except LocalEntryNotFoundError as error:
+        if not download:
+            raise ValueError(
+                f"{model_id} is not a local path and not downloaded yet; nothing is downloaded here"
+            ) from None
         raise ValueError(
             f"{model_id} is not a local path and the Hugging Face hub can't be reached; "
             f"download the model's folder elsewhere and give its path"

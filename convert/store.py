@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -74,6 +75,10 @@ def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tensors), save_args=save_args))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a folder that is there is whole, also after a loss of power
 
 
 class TensorStore:
@@ -97,12 +102,16 @@ class TensorStore:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             for group in [self.folder / name for name in groups] or [self.folder]:
-                tree = self._checkpointer.metadata(group).item_metadata.tree
+                found = self._checkpointer.metadata(group).item_metadata
+                if found is None:
+                    raise FileNotFoundError(f"{group.name} is no whole Orbax checkpoint")
+                tree = found.tree
                 self._folders |= dict.fromkeys(tree, group)
                 self.tensors |= {
                     key: TensorInfo(tuple(entry.shape), np.dtype(entry.dtype)) for key, entry in tree.items()
                 }
         except Exception as error:  # Orbax and TensorStore raise types of every kind
+            self.close()
             raise ValueError(f"the weights in {folder} are damaged: {error}") from error
 
     def read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:

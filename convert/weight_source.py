@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+PART_BYTES = 2**28  # most bytes of a tensor that are read at once, where the source can read rows
 _STRIP = 16  # rows of a matrix that are turned round together
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the tensor just done
@@ -63,7 +64,10 @@ class WeightSource(Protocol):
         """
 
     def save_tokenizer(self, folder: Path) -> list[str]:
-        """Writes what AutoTokenizer needs into a folder; returns the files' names, none if there is no tokenizer."""
+        """Writes what AutoTokenizer needs into a folder, and generation_config.json where there is one.
+
+        Returns the files' names, none if there is no tokenizer.
+        """
 
     def close(self) -> None:
         """Closes files; the source can't be read any more."""
@@ -99,8 +103,9 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
-    if not np.isfinite(out).all() and np.isfinite(array).all():
-        raise too_large(name, float(np.abs(array.astype(np.float32)).max()), dtype)
+    lost = ~np.isfinite(out)
+    if lost.any() and (lost := lost & np.isfinite(array)).any():
+        raise too_large(name, float(np.abs(array[lost].astype(np.float32)).max()), dtype)
     return out
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
         sparse_attention,
         vertical_slash_attention,
     )
-    from minference_jax.convert.checkpoint import convert_model
+    from minference_jax.convert.checkpoint import convert_model, load_parameters
+    from minference_jax.convert.export import export_model
     from minference_jax.generate import LanguageModel
     from minference_jax.loading import load
     from minference_jax.patterns import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         PatternKind,
         VerticalSlash,
         read_patterns,
+        resolve_patterns,
         uniform_patterns,
         write_patterns,
     )
@@ -52,9 +54,12 @@ __all__ = [
     "block_sparse_attention",
     "convert_model",
     "dense_attention",
+    "export_model",
     "load",
+    "load_parameters",
     "read_patterns",
     "read_tiles",
+    "resolve_patterns",
     "sparse_attention",
     "uniform_patterns",
     "vertical_slash_attention",
@@ -68,7 +73,9 @@ _MODULES = {
     "block_sparse_attention": "attention",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
+    "export_model": "convert.export",
     "load": "loading",
+    "load_parameters": "convert.checkpoint",
     "read_tiles": "tile_table",
     "sparse_attention": "attention",
     "vertical_slash_attention": "attention",

@@ -1,7 +1,14 @@
 """What all tests share."""
 
+from pathlib import Path
+
 import jax
 import pytest
+
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = (
+    30_000  # Linux allows a process 65,530, each program that XLA compiles takes some, and beyond it crashes
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -18,3 +25,11 @@ def _no_stored_tiles(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Drops compiled programs where a process has very many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()

@@ -28,8 +28,9 @@ ms = index_ms + kernel_ms, medians; ms_spread = [least, most]; estimate_ms is th
 mass; ratio = ms / baseline_ms. tflops_kept is the work of the kept tiles over kernel_ms (over ms where that is null),
 tflops_baseline that of causal attention over baseline_ms. lists: "constructed", or "activations" = estimated from saved
 ones; null = constructed. tiles: queries x keys x warps x stages. error: the largest absolute in float32, the relative
-Frobenius norm over a query tile in half precision. peak_bytes: most device memory that inputs, index and kernel took;
-null where an earlier measurement of the process took more.
+Frobenius norm over a query tile in half precision; in suite "models" the largest difference of logits over the largest
+logit. peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
+process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
 """
 
 

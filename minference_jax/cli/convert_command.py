@@ -52,10 +52,14 @@ def report(source: str, plan: ConversionPlan) -> list[str]:
     for parameter in plan.parameters:
         rows_there = "" if parameter.rows is None else f" rows {parameter.rows[0]} to {parameter.rows[1] - 1}"
         rows.append(
-            (parameter.name, str(list(parameter.shape)), f"{parameter.nbytes:,}", parameter.tensor + rows_there)
+            (parameter.name, str(list(parameter.shape)), _bytes(parameter.nbytes), parameter.tensor + rows_there)
         )
-    rows.append(("all", "", f"{plan.nbytes:,}", ""))
+    rows.append(("all", "", _bytes(plan.nbytes), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, shape, size, tensor in rows:
         lines.append(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {size:>{widths[2]}}  {tensor}".rstrip())
     return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,}" if count else "not known"

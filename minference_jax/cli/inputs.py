@@ -135,4 +135,5 @@ def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace
             f"the prompt has {len(tokens)} tokens and the answer up to {arguments.max_new_tokens}: {needed} in all, "
             f"{model_name(arguments)} has room for {most}; --max-prompt-tokens N keeps the first N tokens of the text"
         )
+    model.check_room([len(tokens)], arguments.max_new_tokens)
     return Prompt(tokens, is_chat)

@@ -60,16 +60,16 @@ def _local_config(model: str) -> dict[str, Any] | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from minference_jax.loading import config_content  # imports jax, which a file alone does not need
+    from minference_jax.convert.sources import source_config  # imports jax, which a file alone does not need
 
     path = Path(model)
     if path.exists() or any(parent.is_file() for parent in path.parents):  # a member of an archive
-        return config_content(path)
+        return source_config(path)
     try:
         cached = try_to_load_from_cache(model, "config.json")
     except HFValidationError:  # no hub id
         return None
-    return config_content(Path(cached).parent) if isinstance(cached, str) else None
+    return source_config(Path(cached).parent) if isinstance(cached, str) else None
 
 
 def table(patterns: ModelPatterns) -> list[str]:

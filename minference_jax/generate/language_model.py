@@ -181,14 +181,9 @@ class LanguageModel:
         sampling.check_key(key)
         if max_new_tokens < 1:
             raise ValueError(f"{max_new_tokens=} must be at least 1")
-        longest = int(np.max(prefilled.cache.length))
-        if longest + max_new_tokens > self.config.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens=} need {longest + max_new_tokens} positions, "
-                f"the model has {self.config.max_length}"
-            )
-        self._check_longrope(np.asarray(prefilled.cache.length), max_new_tokens)
-        return self._decode(prefilled, longest, max_new_tokens, sampling, key)
+        lengths = np.asarray(prefilled.cache.length).tolist()
+        self.check_room(lengths, max_new_tokens)
+        return self._decode(prefilled, max(lengths), max_new_tokens, sampling, key)
 
     def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
         logits, cache = prefilled.logits, None
@@ -201,15 +196,30 @@ class LanguageModel:
                 cache = extend_cache(prefilled.cache, bucket_length(longest + max_new_tokens))
             logits, cache = _read_token(self._graph, self._state, token, cache)
 
-    def _check_longrope(self, lengths: np.ndarray, max_new_tokens: int) -> None:
-        """Refuses rows that would grow past where longrope changes: their cache is turned by the other factors."""
+    def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Whether prompts and their answers have room, as `decode` asks after they were read.
+
+        Args:
+            lengths: tokens of each prompt.
+            max_new_tokens: most tokens of an answer.
+
+        Raises:
+            ValueError: there are fewer positions, or a row would grow past the length at which longrope changes: its
+                cache is turned by the factors of shorter rows.
+        """
+        length, most = max(lengths), self.config.max_length
+        if length + max_new_tokens > most:
+            needed = length + max_new_tokens
+            raise ValueError(
+                f"a prompt of {length} tokens and {max_new_tokens=} need {needed} positions, the model has {most}"
+            )
         rope = self.config.rope
         if rope.rope_type != "longrope":
             return
         limit = rope.given("original_max_position_embeddings")
-        crossing = lengths[(lengths <= limit) & (lengths + max_new_tokens - 1 > limit)]
-        if crossing.size:
-            length = int(crossing.max())
+        crossing = [length for length in lengths if length <= limit < length + max_new_tokens - 1]
+        if crossing:
+            length = max(crossing)
             raise ValueError(
                 f"a prompt of {length} tokens and {max_new_tokens=} grow past {limit} tokens, where this model's "
                 f"longrope changes for all of them: ask for at most {limit + 1 - length} tokens, then give prompt and "
@@ -285,6 +295,8 @@ class LanguageModel:
             if "" in tokens:
                 raise ValueError(f"prompt {tokens.index('')} is empty")
             tokens = [self.encode(text) for text in tokens]
+        _, lengths = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
+        self.check_room(lengths.tolist(), options.get("max_new_tokens", 1))  # before minutes of reading
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation}
         prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)
         return self.complete(prefilled, **options)

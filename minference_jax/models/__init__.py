@@ -6,6 +6,7 @@ from minference_jax.models.glm import Glm, GlmConfig
 from minference_jax.models.layers import Attend, dense_attend
 from minference_jax.models.llama import Llama, LlamaConfig
 from minference_jax.models.parameters import from_parameters, parameter_shapes, parameters_of
+from minference_jax.models.partition import parameter_shardings
 from minference_jax.models.phi3 import Phi3, Phi3Config
 from minference_jax.models.qwen3 import Qwen3, Qwen3Config
 from minference_jax.models.rope import RopeConfig
@@ -26,5 +27,6 @@ __all__ = [
     "dense_attend",
     "from_parameters",
     "parameter_shapes",
+    "parameter_shardings",
     "parameters_of",
 ]

@@ -17,6 +17,8 @@ class DecoderConfig:
         rms_norm_eps: added to the mean square in the norms.
         max_position_embeddings: tokens the model was made for (before scaling where rope is dynamic).
         rope: position embedding.
+        longest_prompt: most tokens of prompt and answer together, where something that the model does not do begins
+            beyond, such as a sliding window; None = as many as there are positions.
         tie_embeddings: whether the logits use the embedding table instead of a matrix of their own.
 
     Raises:
@@ -33,6 +35,7 @@ class DecoderConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope: RopeConfig = field(default_factory=RopeConfig)
+    longest_prompt: int | None = None
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -49,7 +52,14 @@ class DecoderConfig:
 
     @property
     def max_length(self) -> int:
-        """Tokens that prompt and answer may have together: max_position_embeddings, stretched where rope is dynamic."""
-        if self.rope.rope_type == "dynamic":
-            return int(self.max_position_embeddings * self.rope.given("factor"))
-        return self.max_position_embeddings
+        """Tokens that prompt and answer may have together.
+
+        They are max_position_embeddings, stretched where rope is dynamic, or yarn over a stated original context; and
+        no more than longest_prompt.
+        """
+        rope, length = self.rope, self.max_position_embeddings
+        if rope.rope_type == "dynamic":
+            length = int(length * rope.given("factor"))
+        elif rope.rope_type == "yarn" and rope.original_max_position_embeddings is not None:
+            length = max(length, int(rope.original_max_position_embeddings * rope.given("factor")))
+        return length if self.longest_prompt is None else min(length, self.longest_prompt)

@@ -155,6 +155,7 @@ def _names(path: PurePath) -> Iterator[str]:
     if path.suffix.lower() == ".gguf":
         yield path.stem
         yield _QUANTISATION.sub("", path.stem)
+        yield path.parent.name
     yield from (match[1] for part in path.parts if (match := _HUB_CACHE.fullmatch(part)))
 
 

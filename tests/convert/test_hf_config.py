@@ -131,7 +131,10 @@ def test_fields_that_change_nothing_are_accepted(llama, harmless):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map="),
-        ({"sliding_window": 100}, "sliding_window=100"),
+        ({"sliding_window": 0}, "sliding_window=0 must be an integer of at least 1"),
+        ({"layer_types": 5}, "layer_types=5 is not supported"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_type=['yarn'] must be a string"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not a field this converter knows"),
         ({"num_attention_heads": None}, "num_attention_heads is missing"),
@@ -172,21 +175,29 @@ def test_all_faults_are_named_at_once(llama):
     assert all(name in str(error.value) for name in ("hidden_act", "pretraining_tp", "soft"))
 
 
-def test_mistral_with_a_window_is_refused_also_where_it_is_implied(mistral):
-    with pytest.raises(ValueError, match=r"sliding_window=127 .*prompts may have 128 tokens"):
-        read_config(mistral | {"sliding_window": 127})
-    del mistral["sliding_window"]
-    with pytest.raises(ValueError, match="sliding_window is missing, which means 4096"):
-        read_config(mistral)
-
-
-def test_a_window_as_long_as_the_longest_prompt_cuts_nothing_and_is_accepted(mistral, qwen2):
+def test_prompts_are_as_long_as_the_window_at_most_also_where_that_is_implied(mistral, qwen2):
+    assert read_config(mistral).max_length == 128
+    assert read_config(mistral | {"sliding_window": 100}).max_length == 100
     assert read_config(mistral | {"sliding_window": 128}) == read_config(mistral)
-    wide = {"use_sliding_window": True, "sliding_window": 128, "layer_types": ["sliding_attention"] * 3}
-    assert read_config(qwen2 | wide) == read_config(qwen2)
     stretched = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    with pytest.raises(ValueError, match=r"sliding_window=128 .*256 tokens"):
-        read_config(mistral | {"sliding_window": 128} | stretched)
+    assert read_config(mistral | {"sliding_window": 128} | stretched).max_length == 128
+    long = {name: value for name, value in mistral.items() if name != "sliding_window"} | {
+        "max_position_embeddings": 9999
+    }
+    assert read_config(long).max_length == 4096
+    assert (
+        read_config(qwen2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}).max_length == 64
+    )
+
+
+def test_windows_that_no_layer_has_do_not_count(qwen2):
+    slides = {"use_sliding_window": True, "sliding_window": 64}
+    assert read_config(qwen2 | slides | {"max_window_layers": 3}) == read_config(qwen2)
+    assert read_config(qwen2 | slides | {"layer_types": ["full_attention"] * 3}) == read_config(qwen2)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert read_config(qwen2 | slides | {"layer_types": kinds}).max_length == 64
+    with pytest.raises(ValueError, match="needs sliding_window"):
+        read_config(qwen2 | {"layer_types": kinds})
 
 
 def test_mistral_and_qwen2_must_say_how_many_kv_heads(mistral, qwen2):
@@ -194,13 +205,6 @@ def test_mistral_and_qwen2_must_say_how_many_kv_heads(mistral, qwen2):
         del config["num_key_value_heads"]
         with pytest.raises(ValueError, match="num_key_value_heads is missing"):
             read_config(config)
-
-
-def test_qwen2_with_sliding_window_in_use_is_refused(qwen2):
-    with pytest.raises(ValueError, match="sliding_window=64"):
-        read_config(qwen2 | {"use_sliding_window": True, "sliding_window": 64})
-    with pytest.raises(ValueError, match="needs sliding_window"):
-        read_config(qwen2 | {"use_sliding_window": True, "sliding_window": None})
 
 
 def test_bias_switches_are_refused_where_the_architecture_has_none(mistral, qwen2):
@@ -257,10 +261,67 @@ def test_phi3_may_name_the_code_that_transformers_has_and_no_other():
         read_config(CASES["phi3"] | {"auto_map": theirs | {"AutoModel": "surprise.Model"}})
 
 
-def test_dual_chunk_attention_is_honoured_by_ending_where_it_begins(qwen2):
+def test_dual_chunk_attention_is_honoured_by_ending_where_it_begins_and_leaves_rope_as_it_is(qwen2):
     chunks = {"chunk_size": 100, "local_size": 20, "original_max_position_embeddings": 90}
-    assert read_config(qwen2 | {"dual_chunk_attention_config": chunks}).max_length == 80
+    config = read_config(qwen2 | {"dual_chunk_attention_config": chunks})
+    assert (config.max_length, config.max_position_embeddings) == (80, 128)
     assert read_config(qwen2 | {"dual_chunk_attention_config": chunks | {"chunk_size": 400}}).max_length == 90
+    stretched = {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    assert read_config(qwen2 | {"dual_chunk_attention_config": chunks} | stretched).max_length == 80
     for wrong in ({"chunk_size": 10}, {"chunk_size": 10, "local_size": 10}, chunks | {"more": 1}, 5):
         with pytest.raises(ValueError, match="dual_chunk_attention_config="):
             read_config(qwen2 | {"dual_chunk_attention_config": wrong})
+
+
+def test_yarn_over_a_stated_context_reaches_factor_times_as_far(qwen2):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert read_config(qwen2 | {"rope_scaling": yarn}).max_length == 512
+    assert read_config(qwen2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}).max_length == 128
+
+
+PUBLISHED = {
+    "Phi-4-mini-instruct": (
+        {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0}
+        | {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoTokenizer": "Xenova/gpt-4o"}}
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        | {"hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 131072, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "original_max_position_embeddings": 4096}
+        | {"partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0}
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}}
+        | {"sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064, "eos_token_id": 199999},
+        131072,
+    ),
+    "Qwen2.5-0.5B": (
+        {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896}
+        | {"intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "use_mrope": False}
+        | {"num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06}
+        | {"rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "vocab_size": 151936}
+        | {"use_sliding_window": False, "attention_dropout": 0.0, "use_cache": True, "bos_token_id": 151643},
+        32768,
+    ),
+    "Mistral-7B-v0.1": (
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096}
+        | {"intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "vocab_size": 32000}
+        | {"num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0}
+        | {"sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+        4096,
+    ),
+    "GLM-4-9B-0414": (
+        {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True, "head_dim": 128}
+        | {"attention_dropout": 0.0, "eos_token_id": [151329, 151336, 151338, 151349], "hidden_act": "silu"}
+        | {"hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768, "rope_theta": 10000.0}
+        | {"num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329}
+        | {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "vocab_size": 151552},
+        32768,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_configs_are_read(name):
+    fields, length = PUBLISHED[name]
+    config = read_config(fields)
+    assert (config.max_length, config.num_layers) == (length, fields["num_hidden_layers"])
+    if "auto_map" in fields:
+        prefixed = {key: f"organisation/model--{value}" for key, value in fields["auto_map"].items()}
+        assert read_config(fields | {"auto_map": prefixed}) == config

@@ -268,7 +268,7 @@ def test_interrupted_folder_is_kept_only_where_it_can_be_taken_up(tmp_path):
     with written_aside(tmp_path / "checkpoint", "the same") as again:
         assert again == folder
         assert (again / "weights").is_dir()
-        publish(again, tmp_path / "checkpoint", overwrite=False)
+        publish(again, tmp_path / "checkpoint")
     assert names_in(tmp_path) == ["checkpoint"]
 
 
@@ -304,3 +304,28 @@ def test_group_that_is_no_name_of_a_folder_is_refused(source, destination, group
     with pytest.raises(ValueError, match="which are not names of folders of weights") as error:
         load_parameters(destination)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, SystemExit])
+def test_conversion_that_ran_out_of_something_goes_on(source, destination, read_layers, error):
+    def progress(done, total, name):
+        if name.startswith("layers.1."):
+            raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        convert_model(source, destination, progress=progress)
+    read_layers.clear()
+    convert_model(source, destination)
+    assert list(dict.fromkeys(read_layers)) == [1, 2]
+    assert names_in(destination.parent) == ["checkpoint"]
+
+
+def test_group_that_is_not_whole_is_written_again(source, destination, tmp_path, read_layers, interrupt):
+    interrupt(20, source, destination)
+    (left,) = destination.parent.iterdir()
+    for path in (left / "weights" / "layers_0000_to_0000").rglob("_METADATA"):
+        path.write_bytes(path.read_bytes()[:20])
+    read_layers.clear()
+    convert_model(source, destination)
+    assert list(dict.fromkeys(read_layers)) == [0, 1, 2]
+    assert_same_folders(destination, convert_model(source, tmp_path / "uninterrupted"))
