@@ -142,11 +142,11 @@ class ChatGLMFolder:
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         """See `WeightSource.save_tokenizer`; always a tokenizer.json, which needs no code."""
+        before = {path.name for path in folder.iterdir()}
         if (self.path / GENERATION_FILE).is_file():
             shutil.copyfile(self.path / GENERATION_FILE, folder / GENERATION_FILE)
         if not has_tokenizer(self.path):
             return []
-        before = {path.name for path in folder.iterdir()}
         self.load_tokenizer().save_pretrained(str(folder))
         return sorted(path.name for path in folder.iterdir() if path.name not in before)
 

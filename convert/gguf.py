@@ -54,7 +54,7 @@ class GGUFSource:
         self._file = GGUFFile(path)
         try:
             self.name = self._file.name
-            self.files = (next(file for file in (path, *path.parents) if file.is_file()),)
+            self.files: tuple[Path, ...] = (next(file for file in (path, *path.parents) if file.is_file()),)
             self._file.check_types(_GENERAL_TYPES | TOKENIZER_TYPES)
             self._architecture = _check_kind(self._file)
             self._names = {_hf_name(name): name for name in self._file.tensors if name != ROPE_FACTORS}

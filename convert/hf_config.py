@@ -177,7 +177,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     for name, (default, ours) in family.switches.items():
         switches |= dict.fromkeys(ours, default if config.get(name) is None else config[name])
     try:
-        ours = family.config(
+        whole = family.config(
             **{ours: config[theirs] for theirs, ours in _SIZES.items()},
             num_kv_heads=config["num_key_value_heads"] if config.get("num_key_value_heads") is not None else heads,
             head_dim=config["head_dim"] if config.get("head_dim") is not None else config["hidden_size"] // heads,
@@ -186,10 +186,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             tie_embeddings=bool(config.get("tie_word_embeddings")),
             **switches,
         )
-        ours = replace(ours, longest_prompt=_longest_prompt(config, ours, model_type))
+        return replace(whole, longest_prompt=_longest_prompt(config, whole, model_type))
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
-    return ours
 
 
 def _unsupported_fields(config: Mapping[str, Any], family: _Family, model_type: str) -> list[str]:

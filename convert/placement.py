@@ -158,7 +158,7 @@ class _Target:
         self._boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         self._buffers: dict[jax.Device, jax.Array] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            box = tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
+            box = tuple(side.indices(size)[:2] for side, size in zip(index or (), shape, strict=True))
             self._boxes.setdefault(box, []).append(device)
             self._buffers[device] = jnp.zeros([high - low for low, high in box], dtype, device=device)
         self._previous: list[jax.Array] = []
