@@ -31,7 +31,7 @@ def models_table(records: list[dict[str, Any]]) -> str:
         for name, group in classes.items()
     ]
     head = ["| transformers' class | cases | largest error |", "| --- | --- | --- |"]
-    note = "The largest difference of logits over the largest logit, float32; weights convert there and back unchanged."
+    note = "The largest difference of logits over the largest logit, float32."
     return "\n".join([*head, *lines, "", f"{note} {_where(rows)}"])
 
 
