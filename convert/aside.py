@@ -104,7 +104,10 @@ def _make(destination: Path, identity: str | None, locks: ExitStack) -> Path:
     """A new unfinished folder, locked."""
     while True:
         folder = _beside(destination, "partial")
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:  # names the destination, which the caller knows
+            raise type(error)(error.errno, error.strerror, str(destination)) from None
         locks.enter_context(_locked(folder))
         if folder.exists():  # else another process took it for a left-over before it was locked
             if identity is not None:

@@ -34,6 +34,7 @@ from minference_jax.convert.placement import check_store, place, source_parts, s
 from minference_jax.convert.sources import folder_tokenizer, locate, open_source, source_config
 from minference_jax.convert.store import LazyTensor, TensorStore, save_tensors
 from minference_jax.convert.weight_source import (
+    ALREADY_WRITTEN,
     DTYPES,
     Progress,
     TensorInfo,
@@ -70,7 +71,8 @@ def convert_model(
 
     Host memory: the largest tensor, mostly the embedding, twice; once more in the new dtype where that is another. The
     folder is written under another name in the same parent and renamed when it is complete. A conversion that was
-    killed or interrupted goes on where it stopped when it is asked for again with the same source and dtype.
+    killed or interrupted, or had no room left, goes on at the last group of layers that it finished when it is asked
+    for again with the same source and dtype; with others, what it left is removed.
 
     Args:
         source: Hugging Face folder or hub id ("organisation/name"), GGUF file, or .whl or .zip with one.
@@ -80,7 +82,8 @@ def convert_model(
         patterns: pattern file to store beside the weights, or a folder or release of published files, from which the
             model's is taken; None = none.
         overwrite: whether a checkpoint at destination is replaced, once the new one is complete.
-        progress: called as (bytes read, bytes in all, tensor) after every tensor, in bytes of the checkpoint.
+        progress: called as (bytes read, bytes in all, tensor) after every tensor, in bytes of the checkpoint; tensor is
+            ALREADY_WRITTEN for a group of them that was there.
 
     Returns:
         The destination.
@@ -89,6 +92,7 @@ def convert_model(
         ValueError: the source is damaged or of a kind that can't be honoured, the pattern file does not fit the model,
             the destination exists (or is not a checkpoint, with overwrite). `WeightError` where the tensors do not
             match the config.
+        OSError: a file can't be read or written.
     """
     destination, chosen = Path(destination).absolute(), read_dtype(dtype)
     check_destination(destination, overwrite)
@@ -117,7 +121,7 @@ def convert_model(
 def load_parameters(
     source: Source, *, dtype: str | None = None, mesh: Mesh | None = None, progress: Progress | None = None
 ) -> tuple[DecoderConfig, dict[str, jax.Array]]:
-    """Config and parameters of a model, ready for `from_parameters`.
+    """Config and parameters of a model, ready for `minference_jax.models.from_parameters`.
 
     Each byte is read once, but for a repeated lm_head of a model with tied embeddings, which is compared first. Host
     memory: four parts, of at most 256 MiB from safetensors, of the largest tensor from a checkpoint or GGUF file.
@@ -125,8 +129,8 @@ def load_parameters(
     Args:
         source: checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one.
         dtype: as in `convert_model`; None keeps the stored one.
-        mesh: devices to split the parameters over, by `parameter_shardings` along its axis "model"; None = the default
-            device.
+        mesh: devices to split the parameters over, by `minference_jax.models.parameter_shardings` along its axis
+            "model"; None = the default device.
         progress: called as (bytes loaded, bytes in all, parameter) after every part.
 
     Returns:
@@ -216,7 +220,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not overwrite:
-        raise ValueError(f"{destination} already exists; choose another or ask to overwrite it")
+        raise ValueError(f"{destination} already exists; choose another or ask to overwrite it (--overwrite)")
     if not is_checkpoint(destination):
         raise ValueError(f"{destination} is not a minference-jax checkpoint, so it is not overwritten")
 
@@ -294,6 +298,8 @@ def _save_weights(
     for name, group in groups.items():
         if _holds(folder / name, group, dtype):
             done += sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
+            if progress is not None:
+                progress(done, total, ALREADY_WRITTEN)
             continue
         for unfinished in folder.glob(f"{name}*"):  # Orbax writes under a longer name and renames it at the end
             shutil.rmtree(unfinished)

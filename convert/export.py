@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minference_jax.convert.aside import publish, written_aside
@@ -51,6 +52,7 @@ def export_model(
 
     Raises:
         ValueError: not a checkpoint of ours, or a damaged one; the destination exists; a number that dtype can't hold.
+        OSError: a file can't be read or written.
     """
     source, destination, chosen = Path(checkpoint), Path(destination).absolute(), read_dtype(dtype)
     if not is_checkpoint(source):
@@ -110,7 +112,10 @@ def _write_shards(
             done += array.nbytes
             if progress is not None:
                 progress(done, sum(sizes.values()), name)
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file} can't be written: {error}") from error
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": done}, "weight_map": places}

@@ -112,7 +112,10 @@ def _open_weights(folder: Path) -> dict[str, _Stored]:
             f"{folder} holds pickled weights only ({', '.join(pickles)}), which can run code when loaded; "
             f"save the model as safetensors first"
         )
-    raise ValueError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}, so it is no Hugging Face folder")
+    raise ValueError(
+        f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}, so it is no Hugging Face folder (a checkpoint "
+        f"of minference-jax needs no conversion)"
+    )
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, _Stored]:

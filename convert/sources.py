@@ -113,9 +113,9 @@ def _download(model_id: str, files: list[str], download: bool) -> Path:
     except LocalEntryNotFoundError as error:
         if not download:
             raise ValueError(
-                f"{model_id} is not a local path and not downloaded yet; nothing is downloaded here"
+                f"{model_id} is not a local path and not downloaded yet: download it first, or convert it at once"
             ) from None
         raise ValueError(
-            f"{model_id} is not a local path and the Hugging Face hub can't be reached; "
-            f"download the model's folder elsewhere and give its path"
+            f"{model_id} is not a local path and the Hugging Face hub can't be reached; if it is a path, nothing is "
+            f"there, else download the model's folder elsewhere and give its path"
         ) from error

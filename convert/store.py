@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -66,7 +68,48 @@ def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     Args:
         folder: must not exist.
         tensors: key -> tensor, written in this order.
+
+    Raises:
+        OSError: the folder can't be written, as where the disk is full. And what a tensor's `read` raises.
     """
+    faults: list[Exception] = []
+
+    def watched(tensor: LazyTensor) -> LazyTensor:
+        def read() -> np.ndarray:
+            try:
+                return tensor.read()
+            except Exception as error:
+                faults.append(error)
+                raise
+
+        return replace(tensor, read=read)
+
+    try:
+        with _silent_log():
+            _save(folder, {key: watched(tensor) for key, tensor in tensors.items()})
+    except Exception as error:  # Orbax and TensorStore raise types of every kind
+        if faults:
+            raise faults[0] from None
+        raise OSError(f"the weights in {folder} can't be written: {str(error).splitlines()[0]}") from error
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a folder that is there is whole, also after a loss of power
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """Keeps Orbax from logging an error, page by page, that is raised as well."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _save(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyTensor, _LazyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # not used; without it Orbax warns
@@ -74,11 +117,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     save_args = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for key in tensors}
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tensors), save_args=save_args))
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # a folder that is there is whole, also after a loss of power
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tensors, save_args=save_args))
 
 
 class TensorStore:

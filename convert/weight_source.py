@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+ALREADY_WRITTEN = "written before"  # what progress calls a group of tensors that an interrupted conversion has left
 PART_BYTES = 2**28  # most bytes of a tensor that are read at once, where the source can read rows
 _STRIP = 16  # rows of a matrix that are turned round together
 

@@ -15,9 +15,11 @@ from small_models import NUM_HEADS, NUM_LAYERS, write_model
 from minference_jax import Dense, uniform_patterns, write_patterns
 from minference_jax.cli import convert_command, export_command, main
 from minference_jax.cli.progress import ByteBars, Throughput
+from minference_jax.convert import store
 from minference_jax.convert.checkpoint import load_parameters
+from minference_jax.convert.weight_source import ALREADY_WRITTEN
 
-RATE = r"\d+\.\d\d GB in \d+\.\d s(, \d+ MB/s)?\n"
+RATE = r"\d+\.\d MB in \d+\.\d s, \d+ MB/s\n"
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +68,33 @@ def test_conversion_and_export_say_how_much_and_how_fast(run, model, tmp_path):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-def test_throughput_counts_what_was_done_while_it_looked(monkeypatch):
+def test_throughput_counts_what_was_written_by_this_run(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("minference_jax.cli.progress.time.monotonic", lambda: now[0])
     progress = Throughput(ByteBars(False))
-    assert str(progress) == "there was nothing left to write, 0.0 s"
-    for time, done in ((102.0, 1e9), (103.0, 1.5e9), (106.0, 3e9)):  # the first: 1 GB, some of it earlier's
-        now[0] = time
-        progress(int(done), int(3e9), "a")
-        if time == 102.0:
-            assert str(progress) == "1.00 GB in 2.0 s"
-    assert str(progress) == "3.00 GB in 6.0 s, 500 MB/s"
+    for done, name in ((1e9, ALREADY_WRITTEN), (1.5e9, "a"), (3e9, "b")):
+        progress(int(done), int(3e9), name)
+    now[0] = 104.0
+    assert str(progress) == "2000.0 MB in 4.0 s, 500 MB/s, 1000.0 MB were written before"
+
+
+def test_disk_without_room_is_one_sentence_and_the_same_command_goes_on(run, model, tmp_path, monkeypatch):
+    write = store._save
+
+    def full(folder, tensors):
+        if folder.name != "outside_layers":
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand pages more")
+        write(folder, tensors)
+
+    monkeypatch.setattr(store, "_save", full)
+    code, out, err = run("convert", model, "ours")
+    assert (code, out) == (2, "")
+    assert err.endswith("can't be written: RESOURCE_EXHAUSTED: No space left on device\n")
+    assert err.count("\n") == 1
+    monkeypatch.setattr(store, "_save", write)
+    code, out, _ = run("convert", model, "ours")
+    assert code == 0
+    assert re.search(r"MB/s, \d+\.\d MB were written before\n", out)
 
 
 def test_export_takes_a_dtype_and_draws_bars_where_asked(run, model, tmp_path):
@@ -137,7 +155,7 @@ def test_dry_run_of_a_config_that_is_refused_says_that_nothing_would_be_written(
     source = write_family(tmp_path / "hf", CASES["llama"])
     (source / "config.json").write_text(json.dumps(CASES["llama"] | {"hidden_act": "gelu", "surprise": 1}))
     code, out, err = run("convert", "hf", "--dry-run")
-    assert (code, out) == (2, "hf: nothing would be written\n")
+    assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert "hidden_act='gelu' is not supported" in err
     assert "surprise=1 is not a field this converter knows" in err
@@ -147,7 +165,7 @@ def test_dry_run_of_a_config_that_is_refused_says_that_nothing_would_be_written(
     ("command", "sentence"),
     [
         ("convert MODEL", "convert needs a DESTINATION, the new checkpoint folder, or --dry-run"),
-        ("convert MODEL there", "there already exists; choose another or ask to overwrite it"),
+        ("convert MODEL there", "there already exists; choose another or ask to overwrite it (--overwrite)"),
         ("convert MODEL there --overwrite", "there is not a minference-jax checkpoint, so it is not overwritten"),
         ("convert nowhere --dry-run", "nowhere does not exist, and is no Hugging Face id"),
         ("convert MODEL new --patterns absent.json", "absent.json: No such file or directory"),
@@ -203,14 +221,15 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(run, model, tmp_p
     monkeypatch.setattr(ByteBars, "__call__", lambda self, *call: calls.append(call))
     code, _, err = run(*command)
     assert (code, err) == (0, "")
-    assert len(calls) == 9  # the last layer only
+    assert [name for *_, name in calls].count(ALREADY_WRITTEN) == 2
+    assert len(calls) == 2 + 9  # the last layer only
     assert names_in(tmp_path) == ["ours"]
     ours, theirs = load_parameters(tmp_path / "ours")[1], load_parameters(model)[1]
     for name, array in theirs.items():
         np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(array), err_msg=name)
 
 
-def test_interrupt_ends_in_one_sentence_and_an_export_in_none(run, model, monkeypatch):
+def test_interrupt_ends_in_one_sentence(run, model, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
@@ -218,4 +237,4 @@ def test_interrupt_ends_in_one_sentence_and_an_export_in_none(run, model, monkey
     monkeypatch.setattr(export_command, "export_model", interrupted)
     sentence = "interrupted: the same command goes on where this one stopped\n"
     assert run("convert", model, "there") == (130, "", sentence)
-    assert run("export", model, "there") == (130, "", "")
+    assert run("export", model, "there") == (130, "", "interrupted: nothing was written\n")

@@ -111,7 +111,10 @@ def test_a_model_is_known_by_the_last_part_of_its_name_in_any_casing(name, model
     ["Qwen/Qwen2.5-7B", "Qwen2.5-7B-Instruct-AWQ", "Qwen2.5-7B-Instruct-Q4_K_M", "Qwen/Qwen2.5-7B-Instruct/old", "7B"],
 )
 def test_a_name_that_is_only_like_that_of_a_model_is_not_its_name(name):
-    with pytest.raises(ValueError, match="its name is not that of a model that has one; give a pattern file itself"):
+    with pytest.raises(
+        ValueError,
+        match="its name is not that of a model that has one, and no config was there; give a pattern file itself",
+    ):
         choose_published(name)
 
 
@@ -233,10 +236,10 @@ def test_a_release_without_the_file_says_which_it_has(tmp_path):
     archives = make_tar(tmp_path / "m.tar.gz", members), make_zip(tmp_path / "m.zip", members)
     for source in (tmp_path / "some", *archives):
         assert refusal(source, "Qwen2-7B-Instruct") == (
-            f"{source} has no {QWEN2}, which is needed because the model is called Qwen2-7B-Instruct: "
-            f"its published pattern files are {QWEN25}"
+            f"{source} has no {QWEN2}, which is needed because the model is called Qwen2-7B-Instruct; "
+            f"in {source} there are {QWEN25}"
         )
-    assert refusal(tmp_path / "none", "Qwen2-7B-Instruct").endswith(": it has no published pattern file")
+    assert refusal(tmp_path / "none", "Qwen2-7B-Instruct").endswith("there is no published pattern file")
 
 
 def link(kind, target):
@@ -252,14 +255,14 @@ def link(kind, target):
 )
 def test_what_is_no_plain_file_in_a_tar_is_not_followed(tmp_path, odd):
     archive = make_tar(tmp_path / "m.tar.gz", {"real.json": json.dumps(TINY).encode(), odd.name: odd})
-    assert refusal(archive, "Qwen2-7B-Instruct").endswith("it has no published pattern file")
+    assert refusal(archive, "Qwen2-7B-Instruct").endswith("there is no published pattern file")
 
 
 def test_a_link_in_a_zip_is_not_followed(tmp_path):
     info = zipfile.ZipInfo(f"m/{CONFIGS}/{QWEN2}")
     info.external_attr = 0o120777 << 16
     archive = make_zip(tmp_path / "m.zip", {info: "/etc/hostname"})
-    assert refusal(archive, "Qwen2-7B-Instruct").endswith("it has no published pattern file")
+    assert refusal(archive, "Qwen2-7B-Instruct").endswith("there is no published pattern file")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,7 @@ def test_a_link_in_a_zip_is_not_followed(tmp_path):
 def test_a_file_elsewhere_in_an_archive_is_not_taken(tmp_path, place):
     for make, ending in ((make_tar, "tgz"), (make_zip, "zip")):
         archive = make(tmp_path / f"m.{ending}", {f"{place}{QWEN2}": json.dumps(TINY).encode()})
-        assert refusal(archive, "Qwen2-7B-Instruct").endswith("it has no published pattern file")
+        assert refusal(archive, "Qwen2-7B-Instruct").endswith("there is no published pattern file")
 
 
 def test_a_file_twice_in_an_archive_is_refused(tmp_path):

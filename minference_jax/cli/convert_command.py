@@ -21,7 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {"dtype": arguments.dtype, "patterns": arguments.patterns, "overwrite": arguments.overwrite}
     if arguments.dry_run:
         plan = plan_conversion(arguments.source, arguments.destination, **options)
-        print("\n".join(report(arguments.source, plan)))
+        for line in report(arguments.source, plan):
+            print(line)
         if plan.refusals:
             raise ValueError("; ".join(plan.refusals))
         return
@@ -38,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(source: str, plan: ConversionPlan) -> list[str]:
-    """Lines that say what a conversion would write."""
+    """Lines that say what a conversion would write; none where the config is refused."""
     if plan.config is None:
-        return [f"{source}: nothing would be written"]
+        return []
     config = plan.config
     heads = f"{config.num_heads} heads over {config.num_kv_heads} KV heads of {config.head_dim}"
     lines = [

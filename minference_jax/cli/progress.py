@@ -11,7 +11,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from minference_jax.convert.weight_source import Progress
+from minference_jax.convert.weight_source import ALREADY_WRITTEN, Progress
 
 _TICK_SECONDS = 0.5
 
@@ -70,19 +70,20 @@ class Throughput:
     def __init__(self, progress: Progress):
         self._progress = progress
         self._begin = time.monotonic()
-        self._calls: list[tuple[float, int]] = []  # the first and the last: when, and bytes done
+        self._done = self._before = 0
 
     def __call__(self, done: int, total: int, name: str) -> None:
         """Bytes done, bytes in all, and the name of what is being done."""
-        self._calls[1:] = [(time.monotonic(), done)]
+        self._done = done
+        if name == ALREADY_WRITTEN:
+            self._before = done
         self._progress(done, total, name)
 
     def __str__(self) -> str:
-        if not self._calls:
-            return f"there was nothing left to write, {time.monotonic() - self._begin:.1f} s"
-        (first, before), (last, done) = self._calls[0], self._calls[-1]
-        rate = f", {(done - before) / 1e6 / (last - first):.0f} MB/s" if last > first else ""
-        return f"{done / 1e9:.2f} GB in {time.monotonic() - self._begin:.1f} s{rate}"
+        seconds = time.monotonic() - self._begin
+        size = (self._done - self._before) / 1e6
+        before = f", {self._before / 1e6:.1f} MB were written before" if self._before else ""
+        return f"{size:.1f} MB in {seconds:.1f} s, {size / seconds:.0f} MB/s{before}"
 
 
 class Steps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from minference_jax.models.config import DecoderConfig
 from minference_jax.models.parameters import parameter_shapes
@@ -11,7 +11,9 @@ _SPLIT_OUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 _SPLIT_IN = ("o_proj", "down_proj")
 
 
-def parameter_shardings(config: DecoderConfig, mesh: Mesh, axis: str = "model") -> dict[str, NamedSharding]:
+def parameter_shardings(
+    config: DecoderConfig, mesh: Mesh | AbstractMesh, axis: str = "model"
+) -> dict[str, NamedSharding]:
     """The sharding of every parameter: attention by heads, the MLP by inner features, vocabulary matrices by tokens.
 
     Norms are on every device whole. So are the projections of k and v where the KV heads can't be shared out equally,
@@ -26,10 +28,12 @@ def parameter_shardings(config: DecoderConfig, mesh: Mesh, axis: str = "model") 
         name -> NamedSharding for the names of `parameter_shapes(config)`.
 
     Raises:
-        ValueError: the mesh has no such axis, or its size does not divide the query heads and inner features.
+        ValueError: it is no mesh, it has no such axis, or its size does not divide the query heads and inner features.
 
     Source: Megatron-LM (arXiv 1909.08053), section 3.
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"{mesh=} must be a jax.sharding.Mesh")
     if axis not in mesh.shape:
         raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}, none is called {axis!r}")
     count = mesh.shape[axis]

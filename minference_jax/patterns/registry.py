@@ -99,7 +99,7 @@ def choose_published(model: str | os.PathLike[str], config: Mapping[str, Any] | 
     if found := _by_name(os.path.abspath(model)):
         return PatternChoice(found[1].file, f"the model is called {found[0]}")
     if config is None:
-        raise ValueError(_nothing_for(model, "its name is not that of a model that has one"))
+        raise ValueError(_nothing_for(model, "its name is not that of a model that has one, and no config was there"))
     stored = config.get("_name_or_path")
     looked_at = "its name"
     if isinstance(stored, str) and stored:
@@ -137,8 +137,8 @@ def resolve_patterns(
     file, why = choose_published(model, config)
     found = find_file(source, file, {row.file for row in PUBLISHED})
     if not isinstance(found, FoundFile):
-        there = f"its published pattern files are {', '.join(found)}" if found else "it has no published pattern file"
-        raise ValueError(f"{source} has no {file}, which is needed because {why}: {there}")
+        there = f"there are {', '.join(found)}" if found else "there is no published pattern file"
+        raise ValueError(f"{source} has no {file}, which is needed because {why}; in {source} {there}")
     patterns = replace(parse_patterns(*found), source=f"{found.place}, because {why}")
     return ResolvedPatterns(patterns, *found, why)
 

@@ -78,7 +78,7 @@ def test_everything_that_would_be_refused_is_listed_at_once(make, tmp_path, dtyp
     (tmp_path / "there").mkdir()
     plan = plan_conversion(source, tmp_path / "there", patterns=tmp_path / "p.json", dtype=dtype)
     there, tensors, tokenizer, patterns = plan.refusals
-    assert there.endswith("there already exists; choose another or ask to overwrite it")
+    assert there.endswith("there already exists; choose another or ask to overwrite it (--overwrite)")
     assert "unmatched: model.extra" in tensors
     assert "missing: model.layers.1.mlp.up_proj.weight" in tensors
     assert tokenizer.startswith(f"the tokenizer of {source} can't be loaded: ")
