@@ -192,6 +192,7 @@ import os, signal, sys
 from minference_jax.cli import main
 from minference_jax.cli.progress import ByteBars
 from minference_jax.convert import checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 checkpoint.GROUP_BYTES = 1
 calls = []
 def pressed(self, *call):
