@@ -18,13 +18,14 @@ import numpy as np
 from minference_jax.convert.chatglm_tokenizer import load_chatglm_tokenizer
 from minference_jax.convert.hf_config import HARMLESS
 from minference_jax.convert.hf_folder import GENERATION_FILE, HuggingFaceFolder
+from minference_jax.convert.hf_rope import is_number
 from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.weight_source import TensorInfo
+from minference_jax.models import RopeConfig
 
 MODEL_TYPE = "chatglm"
 
 _ARCHITECTURES = (["ChatGLMModel"], ["ChatGLMForConditionalGeneration"])
-_BASE = 10000.0  # of the rotary frequencies, times rope_ratio
 _OLD_VOCABULARY = 65024  # padded_vocab_size of ChatGLM2 and ChatGLM3
 
 # ChatGLM's field -> transformers'; a config must have them all
@@ -173,7 +174,7 @@ def read_chatglm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         **{theirs: config[name] for name, theirs in _SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": float(config["layernorm_epsilon"]),
-        "rope_theta": _BASE * config.get("rope_ratio", 1),
+        "rope_theta": RopeConfig.rope_theta * config.get("rope_ratio", 1),
         "partial_rotary_factor": 0.5,
         "attention_bias": bool(config.get("add_qkv_bias")),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
@@ -194,9 +195,9 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
         if config.get(name) is not None and config[name] != config.get(same):
             yield f"{name}={config[name]!r} contradicts {same}={config.get(same)!r}"
     epsilon, ratio = config.get("layernorm_epsilon"), config.get("rope_ratio", 1)
-    if epsilon is not None and not _is_above_zero(epsilon):
+    if epsilon is not None and not (is_number(epsilon) and epsilon > 0):
         yield f"layernorm_epsilon={epsilon!r} must be a number above 0"
-    if not _is_above_zero(ratio):
+    if not (is_number(ratio) and ratio > 0):
         yield f"rope_ratio={ratio!r} must be a number above 0"
     if config.get("padded_vocab_size") == _OLD_VOCABULARY and ratio != 1:
         yield f"rope_ratio={ratio!r} is not supported, only 1: ChatGLM2 and ChatGLM3 mean different things by it"
@@ -214,10 +215,6 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}={config[name]!r} is not supported, only {allowed[0]!r}"
     for name in sorted(config.keys() - _OWN - HARMLESS):
         yield f"{name}={config[name]!r} is not a field this converter knows"
-
-
-def _is_above_zero(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _places(stored: str, info: TensorInfo, config: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:

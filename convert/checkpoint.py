@@ -4,7 +4,7 @@ weights/         Orbax, in groups of layers; one tensor for each layer of a para
 config.json      the model in the terms of Hugging Face
 tokenizer.json, tokenizer_config.json, ...   what AutoTokenizer reads, and generation_config.json
 patterns.json    optional: the sparse pattern of every head
-minference-jax.json   written last: format, version, dtype, files
+minference-jax.json   written last: format, version, dtype, groups of weights, source, tokenizer files
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from minference_jax.convert.hf_config import read_config
 from minference_jax.convert.hf_folder import CONFIG_FILE, GENERATION_FILE, read_json
 from minference_jax.convert.hf_names import Parameter
 from minference_jax.convert.hf_tokenizer import load_tokenizer_folder
-from minference_jax.convert.hf_weights import match_weights, read_parameter, stored_tensors
+from minference_jax.convert.hf_weights import match_weights, read_parameter, stored_dtype
 from minference_jax.convert.placement import check_store, place, source_parts, stored_parts
 from minference_jax.convert.sources import folder_tokenizer, locate, open_source, source_config
 from minference_jax.convert.store import LazyTensor, TensorStore, save_tensors
@@ -40,7 +40,6 @@ from minference_jax.convert.weight_source import (
     TensorInfo,
     WeightSource,
     cast,
-    common_dtype,
     read_dtype,
 )
 from minference_jax.implementations import memory_for
@@ -99,7 +98,7 @@ def convert_model(
     with closing(open_source(locate(source))) as opened:
         config = read_config(opened.config)
         parameters = match_weights(opened, config)
-        chosen = chosen or common_dtype(stored_tensors(parameters, opened))
+        chosen = chosen or stored_dtype(opened, parameters)
         stored_patterns = None if patterns is None else resolve_patterns(patterns, source, opened.config)
         if stored_patterns is not None:
             stored_patterns.patterns.check(config.num_layers, config.num_heads)
@@ -159,7 +158,7 @@ def _load_parameters(
         config = read_config(opened.config)
         shardings = None if mesh is None else parameter_shardings(config, mesh)
         parameters = match_weights(opened, config)
-        chosen = chosen or common_dtype(stored_tensors(parameters, opened))
+        chosen = chosen or stored_dtype(opened, parameters)
         return config, place(config, chosen, source_parts(opened, parameters), progress, shardings)
 
 
@@ -279,7 +278,7 @@ def _save_weights(
     folder: Path, source: WeightSource, parameters: list[Parameter], dtype: np.dtype, progress: Progress | None
 ) -> list[str]:
     """Writes the groups that are not there yet; returns the names of all."""
-    total = sum(math.prod(parameter.shape) for parameter in parameters) * dtype.itemsize
+    total = _nbytes(parameters, dtype)
     done = 0
 
     def reader(parameter: Parameter) -> Callable[[], np.ndarray]:
@@ -297,7 +296,7 @@ def _save_weights(
     groups = dict(_groups(parameters, dtype))
     for name, group in groups.items():
         if _holds(folder / name, group, dtype):
-            done += sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
+            done += _nbytes(group, dtype)
             if progress is not None:
                 progress(done, total, ALREADY_WRITTEN)
             continue
@@ -308,6 +307,10 @@ def _save_weights(
         }
         save_tensors(folder / name, tensors)
     return list(groups)
+
+
+def _nbytes(parameters: list[Parameter], dtype: np.dtype) -> int:
+    return sum(math.prod(parameter.shape) for parameter in parameters) * dtype.itemsize
 
 
 def _holds(folder: Path, group: list[Parameter], dtype: np.dtype) -> bool:
@@ -328,7 +331,6 @@ def _groups(parameters: list[Parameter], dtype: np.dtype) -> Iterator[tuple[str,
     group: list[Parameter] = []
     for layer in layers:
         group += [parameter for parameter in parameters if parameter.layer == layer]
-        size = sum(math.prod(parameter.shape) for parameter in group) * dtype.itemsize
-        if size >= GROUP_BYTES or layer == layers[-1]:
+        if _nbytes(group, dtype) >= GROUP_BYTES or layer == layers[-1]:
             yield f"layers_{group[0].layer:04}_to_{layer:04}", group
             group = []

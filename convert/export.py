@@ -21,10 +21,9 @@ from minference_jax.convert.hf_names import Parameter, hf_shape, hf_tensors
 from minference_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from minference_jax.convert.placement import check_store
 from minference_jax.convert.store import TensorStore
-from minference_jax.convert.weight_source import DTYPES, Progress, TensorInfo, cast, read_dtype, turned
+from minference_jax.convert.weight_source import DTYPES, PART_BYTES, Progress, cast, read_dtype, turned
 
 SHARD_BYTES = 2**31  # most bytes of one safetensors file, unless one tensor has more
-READ_BYTES = 2**28  # most bytes that are read at once, unless one tensor has more
 
 
 def export_model(
@@ -132,15 +131,11 @@ def _read_tensors(
         return cast(stored.pop(parameter.key), dtype, parameter.key)
 
     keys = {name: [parameter.key for parameter in tensors[name]] for name in names}
-    sizes = {name: sum(_nbytes(store.tensors[key]) for key in keys[name]) for name in names}
-    for together in _portions(sizes, READ_BYTES):
+    sizes = {name: sum(store.tensors[key].nbytes for key in keys[name]) for name in names}
+    for together in _portions(sizes, PART_BYTES):
         stored |= store.read([key for name in together for key in keys[name]])
         for name in together:
             yield name, hf_array(tensors[name], read)
-
-
-def _nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
 
 
 def _portions(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:

@@ -195,10 +195,11 @@ def _unsupported_fields(config: Mapping[str, Any], family: _Family, model_type: 
     """What is wrong with fields taken one by one, each fault naming its field."""
     needed = (*_SIZES, "rms_norm_eps", *family.needed)
     faults = [f"{name} is missing" for name in needed if config.get(name) is None]
-    for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers"):
+    least = dict.fromkeys((*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"), 1) | {"max_window_layers": 0}
+    for name, smallest in least.items():
         value = config.get(name)
-        if value is not None and (type(value) is not int or value < (name != "max_window_layers")):
-            faults.append(f"{name}={value!r} must be an integer of at least {int(name != 'max_window_layers')}")
+        if value is not None and (type(value) is not int or value < smallest):
+            faults.append(f"{name}={value!r} must be an integer of at least {smallest}")
     if config.get("rms_norm_eps") is not None and not is_number(config["rms_norm_eps"]):
         faults.append(f"rms_norm_eps={config['rms_norm_eps']!r} must be a number")
     for name in (*_SWITCHES, "tie_word_embeddings", "use_sliding_window"):

@@ -179,7 +179,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         if not all(isinstance(side, int) and side >= 0 for side in shape) or begin < 0:
             raise ValueError(f"{path} is damaged: {name} has shape {list(shape)} at byte {begin}")
         info = TensorInfo(shape, _DTYPES[dtype])
-        if end - begin != math.prod(shape) * info.dtype.itemsize:
+        if end - begin != info.nbytes:
             raise ValueError(f"{path} is damaged: {name} has {end - begin} bytes for {dtype} {list(shape)}")
         if 8 + length + end > size:
             raise ValueError(f"{path} is cut short: {name} ends at byte {8 + length + end}, the file at {size}")

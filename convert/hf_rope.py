@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -39,7 +39,7 @@ def read_rope(config: Mapping[str, Any], partial_rotary_factor: float | None, *,
     if config["model_type"] == "phi3":
         _complete_phi3(rope, config)
     return RopeConfig(
-        rope_theta=10000.0 if theta is None else float(theta),
+        rope_theta=RopeConfig.rope_theta if theta is None else float(theta),
         partial_rotary_factor=float((partial_rotary_factor or 1.0) if share is None else share),
         interleaved=interleaved,
         **rope,
@@ -47,8 +47,8 @@ def read_rope(config: Mapping[str, Any], partial_rotary_factor: float | None, *,
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _one_value(config: Mapping[str, Any], newer: dict[str, Any], older: dict[str, Any], name: str) -> Any:

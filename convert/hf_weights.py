@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
 from minference_jax.convert.hf_names import EMBEDDING, HEAD, Parameter, hf_shape, hf_tensors
-from minference_jax.convert.weight_source import PART_BYTES, TensorInfo, WeightSource, turned
+from minference_jax.convert.weight_source import DTYPES, PART_BYTES, WeightSource, turned
 from minference_jax.models import DecoderConfig
 
 # Buffers that older files carry; the model computes them from the config, as transformers does.
@@ -86,6 +85,7 @@ def _is_tied_copy(source: WeightSource, config: DecoderConfig, tensor: str) -> b
     return True
 
 
-def stored_tensors(parameters: list[Parameter], source: WeightSource) -> Mapping[str, TensorInfo]:
-    """Shape and dtype of the tensors that the parameters come from."""
-    return {parameter.tensor: source.tensors[parameter.tensor] for parameter in parameters}
+def stored_dtype(source: WeightSource, parameters: list[Parameter]) -> np.dtype:
+    """The narrowest dtype that holds all parameters exactly: their own where they agree, float32 where they differ."""
+    found = {source.tensors[parameter.tensor].dtype for parameter in parameters}
+    return found.pop() if len(found) == 1 else DTYPES["float32"]

@@ -79,7 +79,7 @@ def stored_parts(store: TensorStore, config: DecoderConfig) -> Parts:
         wanted = {layer_key(name, layer): layer for layer in layers_of(config, name)}
         keys = list(wanted)
         info = store.tensors[keys[0]]
-        step = max(1, _READ_AT_ONCE // max(1, math.prod(info.shape) * info.dtype.itemsize))
+        step = max(1, _READ_AT_ONCE // max(1, info.nbytes))
         for begin in range(0, len(keys), step):
             for key, array in store.read(keys[begin : begin + step]).items():
                 yield Part(_corner(wanted[key], array.ndim), array, False)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from minference_jax.convert.checkpoint import check_destination, save_small_files
 from minference_jax.convert.hf_config import read_config
 from minference_jax.convert.hf_names import hf_tensors
-from minference_jax.convert.hf_weights import match_weights, stored_tensors
+from minference_jax.convert.hf_weights import match_weights, stored_dtype
 from minference_jax.convert.sources import locate, open_source
-from minference_jax.convert.weight_source import common_dtype, read_dtype
+from minference_jax.convert.weight_source import read_dtype
 from minference_jax.models import DecoderConfig, parameter_shapes
 from minference_jax.patterns.registry import resolve_patterns
 
@@ -88,7 +88,7 @@ def plan_conversion(
         with _collected(refusals):
             config = read_config(opened.config)
             weights = match_weights(opened, config)
-            chosen = chosen or common_dtype(stored_tensors(weights, opened))
+            chosen = chosen or stored_dtype(opened, weights)
         with _collected(refusals), tempfile.TemporaryDirectory() as folder:
             save_small_files(opened, Path(folder))
         if patterns is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,11 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightSource(Protocol):
@@ -86,12 +92,6 @@ def read_dtype(dtype: str | None) -> np.dtype | None:
         return DTYPES[np.dtype(dtype).name]
     except (KeyError, TypeError):
         raise ValueError(f"dtype={dtype!r} must be None or one of {', '.join(DTYPES)}") from None
-
-
-def common_dtype(tensors: Mapping[str, TensorInfo]) -> np.dtype:
-    """The narrowest dtype that holds all tensors exactly: their own where they agree, float32 where they differ."""
-    found = {info.dtype for info in tensors.values()}
-    return found.pop() if len(found) == 1 else DTYPES["float32"]
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

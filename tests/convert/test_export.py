@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_chatglm
+from comparing import assert_same, names_in
 from family_folders import CASES, hf_weights, write_family
 from goldens.tiny_models import tiny_prompt
 from safetensors import safe_open
@@ -22,17 +23,6 @@ from minference_jax.convert.store import TensorStore
 from minference_jax.models import from_parameters
 
 WITH_TORCH = ("llama", "qwen3_tied_bias", "phi3_longrope_long", "phi3_partial", "glm", "glm4", "mistral", "qwen2")
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(other[name]), err_msg=name)
 
 
 @pytest.fixture
@@ -94,7 +84,7 @@ def test_small_tensors_are_read_many_at_once(checkpoint, tmp_path, monkeypatch):
     exported = export_model(checkpoint, tmp_path / "exported")
     assert len(asked) == 1
     asked.clear()
-    monkeypatch.setattr(export, "READ_BYTES", 20000)
+    monkeypatch.setattr(export, "PART_BYTES", 20000)
     assert_same(
         load_file(export_model(checkpoint, tmp_path / "again") / "model.safetensors"),
         load_file(exported / "model.safetensors"),

@@ -134,6 +134,7 @@ def test_fields_that_change_nothing_are_accepted(llama, harmless):
         ({"sliding_window": 0}, "sliding_window=0 must be an integer of at least 1"),
         ({"layer_types": 5}, "layer_types=5 is not supported"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number"),
+        ({"rope_theta": 10**400}, "must be a number"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_type=['yarn'] must be a string"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not a field this converter knows"),
