@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from comparing import names_in
 from family_folders import CASES, hf_weights, parameters, write_family
 from safetensors.numpy import load_file, save_file
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
@@ -38,10 +39,6 @@ def run(tmp_path, monkeypatch, capsys):
         return code, printed.out, printed.err
 
     return runs
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_converted_model_is_read_with_its_patterns(run, model, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import assert_same, names_in
 
 from minference_jax.convert import checkpoint, placement
 from minference_jax.convert.aside import publish, written_aside
@@ -28,17 +29,6 @@ from minference_jax.convert.hf_folder import HuggingFaceFolder
 from minference_jax.convert.hf_weights import WeightError
 from minference_jax.convert.store import TensorStore
 from minference_jax.patterns import Dense, read_patterns, uniform_patterns, write_patterns
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(other[name]), err_msg=name)
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+from comparing import assert_same, names_in
 
 from minference_jax.convert import checkpoint
 from minference_jax.convert.aside import publish, written_aside
@@ -34,17 +34,6 @@ def progress(done, total, name):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.convert_model(source, destination, progress=progress)
 """
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(other[name]), err_msg=name)
 
 
 def assert_same_folders(one, other):
