@@ -103,12 +103,14 @@ def main() -> None:
         out = jax.block_until_ready(run())
         seconds = time.perf_counter() - begin
         print(f"{case}, {step}: {seconds:.2f} s", flush=True)
+        density = getattr(out, "density", None)
+        measured |= {"density": None if density is None else float(density.mean()), "peak_bytes": peak_bytes()}
         append(RESULTS, record(suite="full_size", case=f"{case}, {step}", ms=1e3 * seconds, **shape, **measured))
         return out
 
     timed("write", lambda: write_folder(options.folder / "hf", fields))
     timed("convert", lambda: convert_model(options.folder / "hf", options.folder / "checkpoint"))
-    model = timed("load", lambda: load(options.folder / "checkpoint"), peak_bytes=None)
+    model = timed("load", lambda: load(options.folder / "checkpoint"))
     prompt = np.random.default_rng(1).integers(0, fields["vocab_size"], options.length)
     pattern = VerticalSlash(vertical_size=1000, slash_size=600)
     for attention, sizes in (("dense", None), ("vertical_slash", pattern)):
@@ -119,12 +121,10 @@ def main() -> None:
                 lambda attention=attention, sizes=sizes: model.prefill(prompt, attention=attention, pattern=sizes),
                 length=options.length,
                 batch=1,
-                peak_bytes=peak_bytes(),
                 pattern=None if sizes is None else str(sizes),
             )
-        density = None if read.density is None else float(read.density.mean())
-        finite = bool(np.isfinite(np.asarray(read.logits)).all())
-        print(f"{case}, {attention}: density {density}, finite logits {finite}", flush=True)
+        if not np.isfinite(np.asarray(read.logits)).all():
+            raise SystemExit(f"{case}, {attention}: logits are not finite")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def updated() -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", attention_table(read(results / "attention.jsonl")))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
-    return with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
+    text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
+    return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
 
 
 def models_table(records: list[dict[str, Any]]) -> str:
@@ -47,6 +49,24 @@ def convert_table(records: list[dict[str, Any]]) -> str:
     size = int(rows[0]["baseline"].split()[3])
     note = f"A Hugging Face folder of {size / 1e9:.2f} GB; on a CPU what is loaded is in host memory, too."
     return "\n".join([*head, *lines, "", f"{note} {_where(rows)}"])
+
+
+def full_size_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: seconds of each step with weights of true size; of the prefills after the first, the median."""
+    rows = _last_run(records)
+    steps = ("convert", "load", "prefill dense", "prefill vertical_slash")
+    lines = []
+    for model in dict.fromkeys(", ".join(one["case"].split(", ")[:2]) for one in rows):
+        of_model = [one for one in rows if one["case"].startswith(model) and "compile" not in one["case"]]
+        by_step = {step: [one for one in of_model if f", {step}" in one["case"]] for step in steps}
+        seconds = [f"{statistics.median(one['ms'] for one in by_step[step]) / 1e3:.2f}" for step in steps]
+        (density,) = {one["density"] for one in by_step[steps[-1]]}
+        lines.append(f"| {model} | {' | '.join(seconds)} | {density:.2f} |")
+    head = "| model | convert, s | load, s | prefill dense, s | prefill vertical-slash, s | its density |"
+    ruler = "| --- | --- | --- | --- | --- | --- |"
+    prefills = next(one for one in reversed(rows) if one["pattern"])
+    note = f"Random bfloat16 weights; prefill of {prefills['length']:,} tokens, the pattern {prefills['pattern']}."
+    return "\n".join([head, ruler, *lines, "", f"{note} {_where(rows)}"])
 
 
 def _last_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
