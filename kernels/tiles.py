@@ -145,3 +145,49 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
         if head_dim <= widest and shared_memory_bytes(tiles, head_dim, itemsize) <= device.shared_memory:
             return tiles
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
+
+
+def mosaic_gpu_shared_memory_bytes(tiles: TileConfig, head_dim: int) -> int:
+    """Shared memory of the Mosaic GPU kernel, in bytes: queries, the keys and values of every stage, rest."""
+    row = -(-head_dim // 64) * 64 * 2
+    return (1 + 2 * tiles.num_stages) * 128 * row + 512 * tiles.num_stages + 1024
+
+
+def check_mosaic_gpu_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
+    """Refuses tiles that the Mosaic GPU kernel can't use.
+
+    Raises:
+      ValueError: sizes other than 64 by 64 and 128 by 128, other than 4 warps, or more shared memory than there is.
+    """
+    if (tiles.block_q, tiles.block_kv) not in ((64, 64), (128, 128)) or tiles.num_warps != 4:
+        raise ValueError(
+            f"{tiles} must be 64 queries by 64 keys or 128 by 128 for the Mosaic GPU kernel, with num_warps=4: those of "
+            "a warpgroup"
+        )
+    needed = mosaic_gpu_shared_memory_bytes(tiles, head_dim)
+    if needed > device.shared_memory:
+        raise ValueError(
+            f"{tiles} needs {needed} bytes of shared memory at {head_dim=}, {device.kind} has {device.shared_memory}"
+        )
+
+
+def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
+    """Tiles of the Mosaic GPU kernel for a device.
+
+    Args:
+      device: an NVIDIA GPU.
+      head_dim: H.
+      itemsize: bytes of one element of q, k and v.
+
+    Raises:
+      NotImplementedError: the device is not of the Hopper generation, or the kernel can't do that head_dim or dtype.
+    """
+    if device.compute_capability != (9, 0):
+        raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 9.0, not {device.kind}")
+    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 256:
+        raise NotImplementedError(
+            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, not {head_dim} in "
+            f"{itemsize} bytes"
+        )
+    choices = (TileConfig(num_stages=stages) for stages in (4, 3, 2, 1))
+    return next(x for x in choices if mosaic_gpu_shared_memory_bytes(x, head_dim) <= device.shared_memory)

@@ -11,12 +11,22 @@ import jax
 from jax import Array
 
 from minference_jax import estimate
-from minference_jax.kernels import flash_cudnn, flash_xla, mass_triton, select_triton, sparse_triton, sparse_xla
+from minference_jax.kernels import (
+    flash_cudnn,
+    flash_xla,
+    mass_triton,
+    select_triton,
+    sparse_mosaic_gpu,
+    sparse_triton,
+    sparse_xla,
+)
 from minference_jax.kernels.tiles import (
     Device,
     TileConfig,
+    check_mosaic_gpu_tiles,
     check_triton_tiles,
     check_xla_tiles,
+    mosaic_gpu_tiles,
     triton_tiles,
     xla_tiles,
 )
@@ -53,6 +63,16 @@ Run = Callable[[Implementation, TileConfig], Any]
 TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
 IMPLEMENTATIONS = (
     Implementation("cudnn", flash_cudnn.check_device, flash_cudnn.attention, None, whole_prompts_only=True),
+    Implementation(
+        "mosaic_gpu",
+        mosaic_gpu_tiles,
+        sparse_mosaic_gpu.dense,
+        sparse_mosaic_gpu.attention,
+        TRITON_ESTIMATE,
+        break_even=16384,
+        min_q_len=64,
+        check_tiles=check_mosaic_gpu_tiles,
+    ),
     Implementation(
         "triton",
         triton_tiles,
