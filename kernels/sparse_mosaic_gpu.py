@@ -26,7 +26,7 @@ from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, first_rows, list
 
 _CHUNK = 64  # of head_dim, in one swizzled row of 128 bytes
 _COMPUTE, _PRODUCER = 2, 2  # warpgroups that compute, and the one that brings keys and values
-_REGISTERS = (224, 56)  # of a thread that computes, and of one that brings
+_REGISTERS = (232, 40)  # of a thread that computes, and of one that brings
 _LAYOUT = plgpu.Layout.WGMMA
 _ROWS, _COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
 _ALL = ((),) if jax.__version_info__ < (0, 11) else ()  # index of plgpu.load
@@ -38,7 +38,7 @@ class _Inputs(NamedTuple):
     Attributes:
       whole, split: starts int32 [B, N, C, 2] and bounds int32 [B, N, Tq, 3] of ``Steps``.
       listed: ids int32 [B, N, Tq', C] and bounds int32 [B, N, Tq, 3].
-      columns: k and v [B, N, C, H], first rows bfloat16 [B, N, Tq, 2, C], and steps int32 [B, N, Tq]; see ``first_rows``.
+      columns: k and v [B, N, C, H], ``first_rows`` bfloat16 [B, N, Tq, 2, C], and steps int32 [B, N, Tq].
       windows: int32 [B, N].
       lengths: int32 [B, 2], q_offset and kv_len.
     """
@@ -209,14 +209,13 @@ class _Part(NamedTuple):
 
     Attributes:
       split: each warpgroup uses its own half; else both use all keys.
-      masked: int32, steps that need a mask; they come first. total: int32, all steps.
-      start: (step, half) -> where the keys of that half begin in the sequence, or in the columns.
-      of_columns: the keys are columns.
+      bounds: () -> int32 (near, inside, end), as ``Steps.bounds`` of this tile.
+      start: (place in the list, half) -> where the keys of that half begin in the sequence, or in the columns.
+      of_columns: the keys are columns, and all steps need a mask.
     """
 
     split: bool
-    masked: Array
-    total: Array
+    bounds: Callable[[], tuple[Array, ...]]
     start: Callable[[Array, Array | int], Array]
     of_columns: bool = False
 
@@ -224,33 +223,52 @@ class _Part(NamedTuple):
 def _parts(inputs: _Inputs, sequence, head, tile, start, tiles: TileConfig) -> list[_Part]:
     """The steps of one program."""
 
-    def bounded(bounds, split: bool, start_of: Callable[[Array, Array | int], Array]) -> _Part:
-        near, inside, end = (bounds[sequence, head, tile, i] for i in range(3))
-        masked = near + end - inside
-
-        def start_at(step, half):  # first the steps that need a mask, at either end of the list, then those between
-            place = jnp.where(step < masked, jnp.where(step < near, step, step - near + inside), step - masked + near)
-            return start_of(place, half)
-
-        return _Part(split, masked, end, start_at)
+    def read(bounds) -> Callable[[], tuple[Array, ...]]:
+        return lambda: tuple(bounds[sequence, head, tile, i] for i in range(3))
 
     def of_slashes(starts, bounds, split: bool) -> _Part:
-        return bounded(bounds, split, lambda place, half: start + starts[sequence, head, place, half])
+        return _Part(split, read(bounds), lambda place, half: start + starts[sequence, head, place, half])
+
+    def listed_at(place, half):
+        if tiles.block_q == HALF:
+            return ids[sequence, head, 2 * tile + half, place] * HALF
+        return ids[sequence, head, tile, place] * WHOLE + half * HALF
 
     parts = [of_slashes(*inputs.whole, split=False)]
     if inputs.split is not None:
         parts.append(of_slashes(*inputs.split, split=True))
     if inputs.listed is not None:
         ids, bounds = inputs.listed
-        if tiles.block_q == HALF:
-            listed = bounded(bounds, True, lambda place, half: ids[sequence, head, 2 * tile + half, place] * HALF)
-        else:
-            listed = bounded(bounds, False, lambda place, half: ids[sequence, head, tile, place] * WHOLE + half * HALF)
-        parts.append(listed)
+        parts.append(_Part(tiles.block_q == HALF, read(bounds), listed_at))
     if inputs.columns is not None:
-        total = inputs.columns[-1][sequence, head, tile]
-        parts.append(_Part(False, total, total, lambda step, half: step * WHOLE + half * HALF, of_columns=True))
+        steps = inputs.columns[-1]
+        ends = lambda: (steps[sequence, head, tile],) * 3  # noqa: E731
+        parts.append(_Part(False, ends, lambda place, half: place * WHOLE + half * HALF, of_columns=True))
     return parts
+
+
+def _in_order(parts: list[_Part], step: Callable[[_Part, Array, Array, bool, Any], Any], carry: Any) -> Any:
+    """Runs (part, place in its list, number of the step, whether it needs a mask, carry) -> carry over all steps.
+
+    Of each part those at both ends of its list, which need a mask, come before those between.
+    """
+    before = jnp.int32(0)
+    for part in parts:
+        near, inside, end = part.bounds()
+        masked = end if part.of_columns else near + end - inside
+
+        def at_an_end(i, carry, part=part, before=before, near=near, inside=inside):
+            place = i if part.of_columns else jnp.where(i < near, i, i - near + inside)
+            return step(part, place, before + i, True, carry)
+
+        def between(place, carry, part=part, first=before + masked - near):
+            return step(part, place, first + place, False, carry)
+
+        carry = lax.fori_loop(0, masked, at_an_end, carry)
+        if not part.of_columns:
+            carry = lax.fori_loop(near, inside, between, carry)
+        before = before + end
+    return carry
 
 
 def _attention_kernel(
@@ -260,15 +278,13 @@ def _attention_kernel(
     sequence, head, turn = (lax.axis_index(name) for name in ("sequence", "head", "tile"))
     warpgroup = lax.axis_index("warpgroup")
     tile = lse_ref.shape[2] // WHOLE - 1 - turn  # the longest first
-    first_query = tile * WHOLE
-    q_offset, kv_len, window = inputs.lengths[sequence, 0], inputs.lengths[sequence, 1], inputs.windows[sequence, head]
-    start = q_offset + first_query
+    start = inputs.lengths[sequence, 0] + tile * WHOLE
     parts = _parts(inputs, sequence, head, tile, start, tiles)
     (q_raw, q_tiled), (k_raw, k_tiled), (v_raw, v_tiled) = held["q"], held["k"], held["v"]
     stages, chunks = k_raw.shape[:2]
 
-    def slot_of(before, step):
-        return lax.rem(before + step, jnp.int32(stages))
+    def slot_of(step):
+        return lax.rem(step, jnp.int32(stages))
 
     def head_dims(chunk: int):  # zeros where head_dim ends: only a start that is not static may leave less than a chunk
         return pl.ds(turn * 0 + chunk * _CHUNK, _CHUNK)
@@ -276,37 +292,33 @@ def _attention_kernel(
     @pl.when(warpgroup == _PRODUCER)
     def _bring():
         plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-        before = jnp.int32(0)
-        for part in parts:
 
-            def bring(step, part=part, before=before):
-                slot = slot_of(before, step)
-                starts = [part.start(step, half) for half in range(2)]
-                if part.of_columns:
-                    k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
-                else:
-                    kv_head = lax.div(head, jnp.int32(group_size))
-                    k_from, v_from = (x.at[sequence, :, kv_head] for x in (k_ref, v_ref))
-                for source, to, name in ((k_from, k_raw, "k"), (v_from, v_raw, "v")):
-                    plgpu.barrier_wait(held[f"{name}_free"].at[slot])
-                    if part.of_columns and name == "k":
-                        for half in range(_COMPUTE):
-                            at = rows.at[tile, half, pl.ds(step * WHOLE, WHOLE)]
-                            plgpu.copy_gmem_to_smem(at, held["first"].at[slot, half], held["first_here"].at[slot])
-                    for half, key in enumerate(starts):
-                        for chunk in range(chunks):
-                            at = source.at[pl.ds(key, HALF), head_dims(chunk)]
-                            into = to.at[slot, chunk, pl.ds(half * HALF, HALF)]
-                            plgpu.copy_gmem_to_smem(at, into, held[f"{name}_here"].at[slot])
+        def bring(part: _Part, place, number):
+            slot = slot_of(number)
+            starts = [part.start(place, half) for half in range(2)]
+            if part.of_columns:
+                k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
+            else:
+                kv_head = lax.div(head, jnp.int32(group_size))
+                k_from, v_from = (x.at[sequence, :, kv_head] for x in (k_ref, v_ref))
+            for source, to, name in ((k_from, k_raw, "k"), (v_from, v_raw, "v")):
+                plgpu.barrier_wait(held[f"{name}_free"].at[slot])
+                if part.of_columns and name == "k":
+                    for half in range(_COMPUTE):
+                        at = rows.at[tile, half, pl.ds(place * WHOLE, WHOLE)]
+                        plgpu.copy_gmem_to_smem(at, held["first"].at[slot, half], held["first_here"].at[slot])
+                for half, key in enumerate(starts):
+                    for chunk in range(chunks):
+                        at = source.at[pl.ds(key, HALF), head_dims(chunk)]
+                        into = to.at[slot, chunk, pl.ds(half * HALF, HALF)]
+                        plgpu.copy_gmem_to_smem(at, into, held[f"{name}_here"].at[slot])
 
-            pl.loop(0, part.total)(bring)
-            before = before + part.total
+        _in_order(parts, lambda part, place, number, masked, _: bring(part, place, number), None)
 
     @pl.when(warpgroup < _COMPUTE)
     def _compute():
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
-        rows_at = pl.ds(first_query + warpgroup * HALF, HALF)
-        first_row = start + warpgroup * HALF
+        rows_at = pl.ds(tile * WHOLE + warpgroup * HALF, HALF)
         for slot in range(stages):
             plgpu.barrier_arrive(held["k_free"].at[slot])
             plgpu.barrier_arrive(held["v_free"].at[slot])
@@ -314,64 +326,62 @@ def _attention_kernel(
             at = q_ref.at[sequence, rows_at, head, head_dims(chunk)]
             plgpu.copy_gmem_to_smem(at, q_raw.at[warpgroup, chunk], held["q_here"].at[warpgroup])
         plgpu.barrier_wait(held["q_here"].at[warpgroup])
+        own = pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)
 
         def take_turns():
             plgpu.barrier_arrive(held["turn"])
             plgpu.barrier_wait(held["turn"])
 
-        def seen(scores, part: _Part, step, slot, keys):
-            row, column = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=_LAYOUT) for i in range(2))
+        def seen(shape, part: _Part, place, slot):
+            row, column = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=_LAYOUT) for i in range(2))
             if part.of_columns:
-                first = plgpu.load(held["first"].at[slot, warpgroup, keys], *_ALL, layout=_COLUMNS, optimized=False)
-                first = lax.broadcast_in_dim(first.astype(jnp.float32), scores.shape, [1])
-                return row.astype(jnp.float32) >= first
-            key = part.start(step, warpgroup) if part.split else part.start(step, 0) + keys.start
-            distance = row - column + (first_row - key)
-            return (distance >= 0) & (distance < window) & (column + key >= 0)
+                first = plgpu.load(held["first"].at[slot, warpgroup], *_ALL, layout=_COLUMNS, optimized=False)
+                return row.astype(jnp.float32) >= lax.broadcast_in_dim(first.astype(jnp.float32), shape, [1])
+            key = part.start(place, warpgroup if part.split else 0)
+            distance = row - column + (start + warpgroup * HALF - key)
+            return (distance >= 0) & (distance < inputs.windows[sequence, head]) & (column + key >= 0)
 
-        def add(step, acc: _Accumulator, *, part: _Part, before, masked: bool) -> _Accumulator:
-            slot = slot_of(before, step)
-            if part.split:
-                pieces = [pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)]
-            else:
-                size = WHOLE if chunks <= 2 else HALF  # as many scores as registers hold beside the sums
-                pieces = [pl.ds(first, size) for first in range(0, WHOLE, size)]
+        def add(acc: _Accumulator, slot, keys, mask) -> _Accumulator:
+            """Adds these keys of a slot; ``mask`` gives what queries see of scores of a shape, None = all."""
+
+            def scores_into(ref):
+                for chunk in range(chunks):
+                    plgpu.wgmma(ref, q_tiled.at[warpgroup, chunk], _transposed(k_tiled.at[slot, chunk, keys]))
+                take_turns()
+                return ref[...]
+
             plgpu.barrier_wait(held["k_here"].at[slot])
-            for keys in pieces:
+            scores = pl.run_scoped(scores_into, plgpu.ACC((HALF, keys.size), jnp.float32))
+            if mask is not None:
+                scores = jnp.where(mask(scores.shape), scores, -jnp.inf)
+            plgpu.barrier_arrive(held["k_free"].at[slot])
+            top = jnp.maximum(acc.top, scores.max(axis=1) * scale)
+            decay = jnp.exp2(acc.top - top)
+            weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
+            out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)
+            total = acc.total * decay + weights.sum(axis=1)
+            weights = weights.astype(q_ref.dtype)
+            out, total, top, weights = lax.optimization_barrier((out, total, top, weights))
+            plgpu.barrier_arrive(held["turn"])
+            plgpu.barrier_wait(held["v_here"].at[slot])
+            plgpu.barrier_wait(held["turn"])
 
-                def scores_into(ref, keys=keys):
-                    for chunk in range(chunks):
-                        plgpu.wgmma(ref, q_tiled.at[warpgroup, chunk], _transposed(k_tiled.at[slot, chunk, keys]))
-                    take_turns()
-                    return ref[...]
+            def values_into(refs):
+                for chunk, ref in enumerate(refs):
+                    plgpu.wgmma(ref, weights, v_tiled.at[slot, chunk, keys])
 
-                scores = pl.run_scoped(scores_into, plgpu.ACC((HALF, keys.size), jnp.float32))
-                if part.of_columns and keys is pieces[0]:
-                    plgpu.barrier_wait(held["first_here"].at[slot])
-                if masked:
-                    scores = jnp.where(seen(scores, part, step, slot, keys), scores, -jnp.inf)
-                if keys is pieces[-1]:
-                    plgpu.barrier_arrive(held["k_free"].at[slot])
-                top = jnp.maximum(acc.top, scores.max(axis=1) * scale)
-                decay = jnp.exp2(acc.top - top)
-                weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
-                out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)
-                total = acc.total * decay + weights.sum(axis=1)
-                half_weights = weights.astype(q_ref.dtype)
-                out, total, top, half_weights = lax.optimization_barrier((out, total, top, half_weights))
-                plgpu.barrier_arrive(held["turn"])
-                if keys is pieces[0]:
-                    plgpu.barrier_wait(held["v_here"].at[slot])
-                plgpu.barrier_wait(held["turn"])
-
-                def values_into(refs, half_weights=half_weights, keys=keys):
-                    for chunk, ref in enumerate(refs):
-                        plgpu.wgmma(ref, half_weights, v_tiled.at[slot, chunk, keys])
-
-                out = pl.run_state(values_into)(tuple(plgpu.ACC.init(x) for x in out))
-                acc = _Accumulator(top, total, out)
+            out = pl.run_state(values_into)(tuple(plgpu.ACC.init(x) for x in out))
             plgpu.barrier_arrive(held["v_free"].at[slot])
-            return acc
+            return _Accumulator(top, total, out)
+
+        def step(part: _Part, place, number, masked: bool, acc: _Accumulator) -> _Accumulator:
+            slot = slot_of(number)
+            mask = None
+            if masked:
+                mask = functools.partial(seen, part=part, place=place, slot=slot)
+            if part.of_columns:
+                plgpu.barrier_wait(held["first_here"].at[slot])
+            return add(acc, slot, own if part.split else pl.ds(0, WHOLE), mask)
 
         def rows_of(value):
             return plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), _ROWS)
@@ -379,18 +389,13 @@ def _attention_kernel(
         zeros = plgpu.layout_cast(jnp.zeros((HALF, _CHUNK), jnp.float32), _LAYOUT)
         acc = _Accumulator(rows_of(float(jnp.finfo(jnp.float32).min) / 2), rows_of(0.0), (zeros,) * chunks)
         pl.when(warpgroup == 1)(take_turns)
-        before = jnp.int32(0)
-        for part in parts:
-            step = functools.partial(add, part=part, before=before)
-            acc = lax.fori_loop(0, part.masked, functools.partial(step, masked=True), acc)
-            if not part.of_columns:
-                acc = lax.fori_loop(part.masked, part.total, functools.partial(step, masked=False), acc)
-            before = before + part.total
+        acc = _in_order(parts, step, acc)
         pl.when(warpgroup == 0)(take_turns)
+        window = inputs.windows[sequence, head]
         has_keys = acc.total > 0
         total = jnp.where(has_keys, acc.total, 1.0)
         row = plgpu.broadcasted_iota(jnp.int32, zeros.shape, 0, layout=_LAYOUT)
-        is_real = row < jnp.where(window < 0, -1, kv_len - first_row)
+        is_real = row < jnp.where(window < 0, -1, inputs.lengths[sequence, 1] - start - warpgroup * HALF)
         nothing = jnp.where(window < 0, jnp.nan, 0.0)
         for chunk, out in enumerate(acc.out):
             out = jnp.where(is_real, out / lax.broadcast_in_dim(total, out.shape, [0]), nothing)

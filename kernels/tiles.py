@@ -161,8 +161,8 @@ def check_mosaic_gpu_tiles(tiles: TileConfig, device: Device, head_dim: int, ite
     """
     if (tiles.block_q, tiles.block_kv) not in ((64, 64), (128, 128)) or tiles.num_warps != 4:
         raise ValueError(
-            f"{tiles} must be 64 queries by 64 keys or 128 by 128 for the Mosaic GPU kernel, with num_warps=4: those of "
-            "a warpgroup"
+            f"{tiles} must be 64 queries by 64 keys or 128 by 128 for the Mosaic GPU kernel, with num_warps=4, those "
+            "of a warpgroup"
         )
     needed = mosaic_gpu_shared_memory_bytes(tiles, head_dim)
     if needed > device.shared_memory:
@@ -184,10 +184,10 @@ def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig
     """
     if device.compute_capability != (9, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 9.0, not {device.kind}")
-    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 256:
+    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 128:
         raise NotImplementedError(
-            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, not {head_dim} in "
+            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 128, not {head_dim} in "
             f"{itemsize} bytes"
         )
-    choices = (TileConfig(num_stages=stages) for stages in (4, 3, 2, 1))
+    choices = (TileConfig(num_stages=stages) for stages in (4, 3))
     return next(x for x in choices if mosaic_gpu_shared_memory_bytes(x, head_dim) <= device.shared_memory)

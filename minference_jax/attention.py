@@ -13,9 +13,10 @@ Arguments that all functions share:
     cache; None = 0. Row t stands at position q_offset + t and sees keys j <= q_offset + t with j < kv_len. Rows at
     positions >= kv_len are padding: they give zeros.
   return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
-  implementation: "cudnn" (dense attention on NVIDIA GPUs), "triton" (NVIDIA GPUs of compute capability 8.0 or later),
-    "xla" (everywhere), or None = the first of these that can do the call where q is, or on jax's default device
-    where q is traced. With fewer than 16 queries "triton" is passed over.
+  implementation: "cudnn" (dense attention on NVIDIA GPUs), "mosaic_gpu" (NVIDIA GPUs of compute capability 9.0, half
+    precision, head_dim from 64 to 128), "triton" (NVIDIA GPUs of compute capability 8.0 or later), "xla" (everywhere),
+    or None = the first of these that can do the call where q is, or on jax's default device where q is traced. With
+    fewer than 64 queries "mosaic_gpu" is passed over, with fewer than 16 "triton".
 They raise ValueError, which says what was given and what is needed, for shapes, dtypes and sizes that do not fit, and
 NotImplementedError where an implementation named by the caller can't do the call.
 """
@@ -93,7 +94,7 @@ def dense_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
-      implementation: "cudnn", "triton" or "xla"; None = the first that can do the call.
+      implementation: "cudnn", "mosaic_gpu", "triton" or "xla"; None = the first that can do the call.
 
     Returns:
       out [B, T, N, H] in q's dtype, or (out, lse).
@@ -176,7 +177,7 @@ def sparse_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
-      implementation: "triton" or "xla"; None = the first that can do the call.
+      implementation: "mosaic_gpu", "triton" or "xla"; None = the first that can do the call.
       tiles: tile sizes; None = those that suit the device.
 
     Returns:

@@ -11,15 +11,7 @@ import jax
 from jax import Array
 
 from minference_jax import estimate
-from minference_jax.kernels import (
-    flash_cudnn,
-    flash_xla,
-    mass_triton,
-    select_triton,
-    sparse_mosaic_gpu,
-    sparse_triton,
-    sparse_xla,
-)
+from minference_jax.kernels import flash_cudnn, flash_xla, mass_triton, select_triton, sparse_triton, sparse_xla
 from minference_jax.kernels.tiles import (
     Device,
     TileConfig,
@@ -60,14 +52,27 @@ class Implementation(NamedTuple):
 
 
 Run = Callable[[Implementation, TileConfig], Any]
+
+
+def _mosaic_gpu(function: str) -> Callable[..., Any]:
+    """A function of the Mosaic GPU kernel, imported when it is called: its compiler is not in every build of jaxlib."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from minference_jax.kernels import sparse_mosaic_gpu
+
+        return getattr(sparse_mosaic_gpu, function)(*args, **kwargs)
+
+    return call
+
+
 TRITON_ESTIMATE = estimate.EstimateKernels(mass_triton.attention_mass, select_triton.top_k_mask)
 IMPLEMENTATIONS = (
     Implementation("cudnn", flash_cudnn.check_device, flash_cudnn.attention, None, whole_prompts_only=True),
     Implementation(
         "mosaic_gpu",
         mosaic_gpu_tiles,
-        sparse_mosaic_gpu.dense,
-        sparse_mosaic_gpu.attention,
+        _mosaic_gpu("dense"),
+        _mosaic_gpu("attention"),
         TRITON_ESTIMATE,
         break_even=16384,
         min_q_len=64,

@@ -35,7 +35,7 @@ class TileEntry:
 
     Args:
         device: kind of the device, such as "NVIDIA H100 80GB HBM3".
-        implementation: of the attention: "triton" or "xla".
+        implementation: of the attention: "mosaic_gpu", "triton" or "xla".
         head_dim: H, from 1 to 9999.
         dtype: of q, k and v: "float32", "bfloat16" or "float16".
         tiles: the choice.

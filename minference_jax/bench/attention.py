@@ -70,7 +70,7 @@ class Bench:
     """The suite on one device; what measurements share is kept between them.
 
     Args:
-      implementation: of sparse attention: "triton" or "xla"; None = the first that can on this device.
+      implementation: of sparse attention: "mosaic_gpu", "triton" or "xla"; None = the first that can on this device.
       tiles: None = those that suit the device.
       repeats: timed runs, after one that warms up; None = 8, and 3 on CPUs and from 256K tokens on.
       baseline_repeats: of dense attention; None = as ``repeats``, and 1 at 1M tokens on GPUs.

@@ -63,10 +63,13 @@ def candidates(device: Device, implementation: str, head_dim: int, itemsize: int
 
     Args:
       device: where they would run.
-      implementation: "triton" or "xla".
+      implementation: "mosaic_gpu", "triton" or "xla".
       head_dim: H.
       itemsize: bytes of one element of q, k and v.
     """
+    if implementation == "mosaic_gpu":
+        sizes = ((64, 3), (64, 2), (128, 3), (128, 2))
+        return [TileConfig(block_q=size, block_kv=size, num_stages=stages) for size, stages in sizes]
     if implementation != "triton":
         return [TileConfig(block_q=q, block_kv=kv) for q, kv in ((64, 64), (128, 64), (64, 32))]
     found = []
@@ -123,7 +126,7 @@ def autotune(
     default's time both alone with it and beside the other fastest.
 
     Args:
-      implementation: "triton" or "xla"; None = the first that can on this device.
+      implementation: "mosaic_gpu", "triton" or "xla"; None = the first that can on this device.
       head_dim: H.
       dtype: "float32", "bfloat16" or "float16", of q, k and v.
       num_heads, num_kv_heads: N and K.
