@@ -122,6 +122,43 @@ def listed_bounds(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: i
     return jnp.stack([jnp.zeros_like(total), inside, total], axis=-1)
 
 
+class Columns(NamedTuple):
+    """Columns side by side, in steps of 128.
+
+    Attributes:
+      k, v: [B, N, C, H], C a multiple of 128.
+      first_rows: bfloat16 [B, N, Tq, 2, C], see ``first_rows``.
+      steps: int32 [B, N, Tq], those that a tile takes.
+    """
+
+    k: Array
+    v: Array
+    first_rows: Array
+    steps: Array
+
+
+def columns_of(
+    k: Array, v: Array, layout: SparseLayout, *, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig
+) -> Columns | None:
+    """The columns of every head, or None where no head may have any; arguments as in ``slash_steps``.
+
+    k, v: [B, S, K, H], N a multiple of K.
+    """
+    if not layout.columns.shape[-1]:
+        return None
+    columns = jnp.pad(layout.columns, [(0, 0), (0, 0), (0, -layout.columns.shape[-1] % WHOLE)], constant_values=FAR)
+    layout = layout._replace(columns=columns)
+    positions = jnp.where(jnp.arange(columns.shape[-1]) < layout.column_counts[..., None], columns, FAR)
+    batch, num_heads = positions.shape[:2]
+    heads = jnp.arange(num_heads)[:, None] // (num_heads // k.shape[2])
+    at = (jnp.arange(batch)[:, None, None], jnp.where(positions < FAR, positions, 0), heads)
+    starts = tile_starts(q_offset, q_len, TileConfig(block_q=WHOLE))
+    end = jnp.where(starts < kv_len[:, None], jnp.minimum(starts + WHOLE, kv_len[:, None]), 0)
+    counts = count_above(-positions, -end[:, None])
+    rows = first_rows(layout, q_offset, q_len, k.shape[1], tiles)
+    return Columns(k[at], v[at], rows, (counts + WHOLE - 1) // WHOLE)
+
+
 def first_rows(layout: SparseLayout, q_offset: Array, q_len: int, kv_capacity: int, tiles: TileConfig) -> Array:
     """The first query of a warpgroup that counts a column: bfloat16 [B, N, Tq, 2, C], from 0 to 64 = none.
 

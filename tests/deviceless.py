@@ -1,4 +1,4 @@
-"""Compiles jitted functions that hold Pallas kernels (Triton) for NVIDIA GPUs on a machine that need not have one.
+"""Compiles jitted functions that hold Pallas kernels for NVIDIA GPUs on a machine that need not have one.
 
 It shows that a kernel lowers and compiles, the registers it takes, what it spills, its shared memory and whether it has
 wgmma instructions; not that it is right, nor how fast. It needs the packages of the ``compiler`` extra and no driver.
@@ -6,6 +6,7 @@ wgmma instructions; not that it is right, nor how fast. It needs the packages of
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,9 @@ class Report(NamedTuple):
         name: of the case.
         registers: per thread, of the kernel that takes most; at most 255.
         spill_bytes: stores and loads of registers to memory, the code's and not the run's, of all kernels together.
-        shared_bytes: shared memory of a program, of the kernel that takes most.
-        wgmma: whether a kernel uses Hopper's warpgroup matrix products.
+        shared_bytes: shared memory of a program, of the Triton kernel that takes most; 0 = not known. Mosaic GPU raises
+            an error where there is too little.
+        wgmma: whether a Triton kernel uses Hopper's warpgroup matrix products.
         error: why there is nothing of the above, or None.
     """
 
@@ -150,6 +152,7 @@ def _environment() -> dict[str, str]:
     # Launches, HLO and, in 0.10.2, PTX are dumped anyway. 0.12.0 dumps PTX only when asked for it by this name; to ask
     # for everything (.*) costs ten seconds and tens of MB a kernel. The folder is relative: XLA splits at spaces.
     kept["XLA_FLAGS"] = "--xla_dump_to=. --xla_dump_emitter_re=ptx"
+    kept["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # what ptxas says of a Mosaic GPU kernel, to the standard error or output
     kept["PYTHONPATH"] = str(Path(__file__).parent)
     return kept
 
@@ -192,8 +195,31 @@ def _compile(kind: str, case: Case) -> None:
         jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Sends what compilers written in C++ print inside the block to a file."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    with path.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+def _mosaic_report(name: str, said: str) -> Report | None:
+    """Reads what ptxas said of Mosaic GPU kernels; None where it said nothing."""
+    registers = [int(size) for size in re.findall(r"Used (\d+) registers", said)]
+    of_kernels = "\n".join(line for line in said.splitlines() if "stack frame" in line)
+    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", of_kernels))
+    return Report(name, max(registers), spills) if registers else None
+
+
 def _report(name: str, folder: Path) -> Report:
-    """Reads what XLA dumped: the parts that jax 0.10.2, 0.11.2 and 0.12.0 write alike.
+    """Reads what XLA dumped of Triton kernels: the parts that jax 0.10.2, 0.11.2 and 0.12.0 write alike.
 
     The HLO names the Pallas kernels. The shared memory of a Triton kernel is dynamic: it is in the launch and not in
     the PTX. Registers and spills are those of ptxas on the PTX. In 0.10.2 XLA runs the same ptxas with no option that
@@ -209,7 +235,7 @@ def _report(name: str, folder: Path) -> Report:
         if ours(kernel)
     }
     if not shared:
-        raise RuntimeError("it launches no Pallas kernel that is lowered through Triton")
+        raise RuntimeError("it launches no Pallas kernel")
     registers, spills, wgmma = {}, 0, False
     for path in folder.glob("*.ptx"):
         ptx = path.read_text()
@@ -244,8 +270,10 @@ def _main(kind: str, path: str, variable: str) -> None:
         for file in folder.iterdir():
             file.unlink()
         try:
-            _compile(kind, case)
-            report = _report(case.name, folder)
+            with _said(folder / "said"):
+                _compile(kind, case)
+            report = _mosaic_report(case.name, (folder / "said").read_text(errors="replace"))
+            report = report or _report(case.name, folder)
         except Exception as error:  # whatever it is, it belongs in the report
             report = Report(case.name, error=f"{type(error).__name__}: {error}")
         print(_MARK + json.dumps(report._asdict()), flush=True)

@@ -150,7 +150,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("suite", choices=("attention",), help="attention: one layer at several lengths")
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="those so named, or with this in their names (all)")
     parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens (those of each case)")
-    parser.add_argument("--implementation", metavar="NAME", help="mosaic_gpu, triton or xla; without it the first that can")
+    parser.add_argument("--implementation", metavar="NAME", help="mosaic_gpu, triton or xla (the first that can)")
     parser.add_argument(
         "--tiles",
         type=four_sizes,
@@ -177,7 +177,7 @@ def _add_autotune(commands: Any) -> None:
     )
     parser.set_defaults(module="autotune_command")
     parser.add_argument(
-        "--implementation", choices=("mosaic_gpu", "triton", "xla"), help="of the attention; without it the first that can"
+        "--implementation", choices=("mosaic_gpu", "triton", "xla"), help="of the attention (the first that can)"
     )
     parser.add_argument("--head-dim", type=positive, default=128, metavar="N", help="length of a head's vectors (128)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries, keys and values (bfloat16)")

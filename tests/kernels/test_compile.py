@@ -1,5 +1,6 @@
 """GPU kernels compile for the cards that they are for, without spills, on machines that have no GPU too."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -9,9 +10,15 @@ import jax.numpy as jnp
 import pytest
 from deviceless import CARDS, Case, available, compile_cases
 
-from minference_jax.kernels import mass_triton, select_triton, sparse_triton
+from minference_jax.kernels import mass_triton, select_triton, sparse_mosaic_gpu, sparse_triton
 from minference_jax.kernels.layouts import SparseLayout
-from minference_jax.kernels.tiles import Device, TileConfig, shared_memory_bytes, triton_tiles
+from minference_jax.kernels.tiles import (
+    Device,
+    TileConfig,
+    mosaic_gpu_tiles,
+    shared_memory_bytes,
+    triton_tiles,
+)
 
 LENGTH = 8192
 
@@ -20,12 +27,12 @@ def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def attend(q, k, v, layout, q_offset, kv_len, *, tiles):
+def attend(q, k, v, layout, q_offset, kv_len, *, tiles, kernel):
     where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles}
-    return sparse_triton.attention(q, k, v, layout, scale=0.1, **where)
+    return kernel.attention(q, k, v, layout, scale=0.1, **where)
 
 
-def attention_case(name, tiles, head_dim, dtype, num_blocks=32):
+def attention_case(name, tiles, head_dim, dtype, num_blocks=32, kernel=sparse_triton):
     """Attention of 8 heads over 2 KV heads with room for every kind of pattern."""
     rows, heads = -(-LENGTH // tiles.block_q), (1, 8)
     layout = SparseLayout(
@@ -38,13 +45,17 @@ def attention_case(name, tiles, head_dim, dtype, num_blocks=32):
         block_counts=array(*heads, rows),
     )
     q, k = (array(1, LENGTH, n, head_dim, dtype=dtype) for n in (8, 2))
-    return Case(name, functools.partial(attend, tiles=tiles), (q, k, k, layout, array(1), array(1)))
+    return Case(name, functools.partial(attend, tiles=tiles, kernel=kernel), (q, k, k, layout, array(1), array(1)))
+
+
+def device_of(kind):
+    capability = tuple(int(x) for x in CARDS[kind].capability.rstrip("a").split("."))
+    return Device(platform="cuda", kind=CARDS[kind].name, compute_capability=capability)
 
 
 def chosen(kind):
-    """Every kernel at every head_dim and dtype, with the tiles that are chosen for a card."""
-    capability = tuple(int(x) for x in CARDS[kind].capability.rstrip("a").split("."))
-    device = Device(platform="cuda", kind=CARDS[kind].name, compute_capability=capability)
+    """Every Triton kernel at every head_dim and dtype, with the tiles that are chosen for a card."""
+    device = device_of(kind)
     for dtype, head_dim in [*itertools.product(("bfloat16", "float32"), (64, 80, 96, 128, 256)), ("float16", 128)]:
         tiles = triton_tiles(device, head_dim, jnp.dtype(dtype).itemsize)
         yield attention_case(f"attention, {dtype}, head_dim {head_dim}", tiles, head_dim, dtype)
@@ -71,12 +82,24 @@ def bounds(kind):
     }
 
 
+def mosaic():
+    """The Mosaic GPU kernel with the tiles that are chosen for an H100, and with large ones."""
+    for head_dim, dtype in ((64, "float16"), (96, "bfloat16"), (128, "bfloat16")):
+        tiles = mosaic_gpu_tiles(device_of("h100"), head_dim, 2)
+        for size in (64, 128):
+            sized = dataclasses.replace(tiles, block_q=size, block_kv=size)
+            name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
+            yield attention_case(name, sized, head_dim, dtype, kernel=sparse_mosaic_gpu)
+
+
 CHOSEN = {kind: bounds(kind) for kind in CARDS}
 SPILLING = with_tiles("far too few warps", block_q=128, block_kv=64, num_warps=2)
 TOO_LARGE = with_tiles("far too large", block_q=256, block_kv=256, num_warps=8)
 NO_KERNEL = Case("no kernel", jnp.cumsum, (array(4),))
 CASES_A100, CASES_H100 = ([*chosen(kind), SPILLING, TOO_LARGE, NO_KERNEL] for kind in CARDS)
 CASES = [case.name for case in CASES_H100[:-3]]
+MOSAIC = list(mosaic())
+CASES_H100 += MOSAIC
 
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -109,6 +132,17 @@ def test_kernels_compile_without_spills_within_the_cards_shared_memory(reports, 
 @pytest.mark.parametrize("name", [name for name in CASES if "float16" in name or "without" in name])
 def test_half_precision_runs_on_warpgroup_matrix_products_where_the_card_has_them(reports, kind, name):
     assert reports[name].wgmma == (kind == "h100")
+
+
+@pytest.mark.parametrize("name", [case.name for case in MOSAIC])
+def test_mosaic_kernels_compile_and_all_but_fit_the_registers(reports, kind, name):
+    if kind != "h100":
+        pytest.skip("the Mosaic GPU kernel is for Hopper")
+    report = reports[name]
+    assert report.error is None
+    assert 0 < report.registers <= 255
+    if jax.__version_info__ < (0, 12):  # there ptxas says that it ignores what each warpgroup may hold
+        assert report.spill_bytes <= 32, report
 
 
 def test_spills_are_counted(reports):

@@ -1,0 +1,147 @@
+"""The Mosaic GPU kernel against the oracle on exactly the pairs its layout keeps. Pallas can't interpret it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import LSE, kernel_bound
+
+from minference_jax import attention, implementations
+from minference_jax.index import build_layout
+from minference_jax.kernels import reference
+from minference_jax.kernels.layouts import layout_mask
+from minference_jax.kernels.tiles import Device, TileConfig, check_mosaic_gpu_tiles, mosaic_gpu_tiles
+from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, PatternArrays, VerticalSlash
+
+H100 = Device(platform="cuda", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
+HEADS = (
+    VerticalSlash(vertical_size=40, slash_size=110),
+    AShape(sink_size=5, window_size=170),
+    BlockSparse(num_blocks=3),
+    Dense(),
+    VerticalSlash(vertical_size=90, slash_size=60),
+    AShape(sink_size=70, window_size=64),
+    BlockSparse(num_blocks=5),
+    VerticalSlash(vertical_size=30, slash_size=300),
+)
+CASES = {
+    "whole tiles": {},
+    "unaligned": {"T": 777},
+    "the fewest queries": {"T": 64, "S": 300, "q_offset": 236},
+    "unequal lengths, padding of NaN": {"T": 900, "B": 2, "kv_len": [900, 333]},
+    "chunks at offsets": {"T": 300, "S": 1000, "B": 2, "kv_len": [900, 1000], "q_offset": [600, 345]},
+    "tiles of 128": {"size": 128},
+    "tiles of 128, a chunk": {"T": 500, "S": 1100, "q_offset": 461, "kv_len": 961, "size": 128},
+    "head_dim 64, float16": {"H": 64, "dtype": "float16"},
+    "head_dim 96": {"H": 96},
+    "head_dim 80": {"H": 80, "T": 500},
+    "negative scale": {"scale": -0.05},
+    "scale of zero": {"scale": 0.0},
+    "one KV head": {"K": 1},
+    "a KV head for each": {"K": 8},
+    "block diagonals": {"T": 1500, "slash_granularity": "block"},
+}
+
+
+def patterns():
+    table = ModelPatterns(layers=(HEADS,), source="a test").arrays()
+    return PatternArrays(*(jnp.asarray(x[0]) for x in table))
+
+
+def make(T=1024, S=None, B=1, K=2, H=128, dtype="bfloat16"):
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, len(HEADS), H), (B, S or T, K, H), (B, S or T, K, H))
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_computes_exactly_what_its_layout_keeps(name):
+    case = dict(CASES[name])
+    size, scale = case.pop("size", 64), case.pop("scale", 0.1)
+    how = {"slash_granularity": case.pop("slash_granularity", "line")}
+    kv_len, q_offset = case.pop("kv_len", None), case.pop("q_offset", 0)
+    q, k, v = make(**case)
+    batch, kv_capacity = k.shape[:2]
+    where = {
+        "kv_len": jnp.broadcast_to(jnp.asarray(kv_capacity if kv_len is None else kv_len, jnp.int32), (batch,)),
+        "q_offset": jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,)),
+        "tiles": dataclasses.replace(mosaic_gpu_tiles(H100, q.shape[3], 2), block_q=size, block_kv=size),
+    }
+    (entry,) = implementations.named("mosaic_gpu")
+    how |= {"max_num_blocks": 128, "max_num_columns": kv_capacity, "kernels": entry.estimate}
+    layout = jax.jit(functools.partial(build_layout, scale=scale, **where, **how))(q, k, patterns())
+    is_padding = (jnp.arange(kv_capacity) >= where["kv_len"][:, None])[..., None, None]
+    with_nan = [jnp.where(is_padding, jnp.nan, x) for x in (k, v)]
+    run = jax.jit(functools.partial(entry.sparse, scale=scale, **where))
+    out, lse = run(q, *with_nan, layout)
+    mask = layout_mask(layout, where["q_offset"], where["kv_len"], q.shape[1], kv_capacity, where["tiles"])
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    expected, expected_lse = reference.attention(*exact, mask, scale=scale)
+    plain, _ = reference.attention(q, k, v, mask, scale=scale)
+    assert np.abs(out.astype(jnp.float32) - expected).max() <= kernel_bound(plain, expected, q.dtype)
+    np.testing.assert_allclose(lse, expected_lse, rtol=LSE, atol=LSE)
+    again, lse_again = run(q, *with_nan, layout)
+    np.testing.assert_array_equal(out.view(jnp.uint16), again.view(jnp.uint16))
+    np.testing.assert_array_equal(lse, lse_again)
+
+
+@pytest.mark.gpu
+def test_it_is_what_hopper_takes_and_a_head_that_cannot_be_honoured_is_nan():
+    q, k, v = make()
+    pattern = patterns()._replace(vertical_size=jnp.full(len(HEADS), 2000))
+    run = functools.partial(attention.sparse_attention, max_num_columns=100)
+    out = jax.jit(functools.partial(run, implementation="mosaic_gpu"))(q, k, v, pattern)
+    is_bad = [isinstance(head, VerticalSlash) for head in HEADS]
+    np.testing.assert_array_equal(np.isnan(out.astype(jnp.float32)).all(axis=(0, 1, 3)), is_bad)
+    np.testing.assert_array_equal(np.isnan(out.astype(jnp.float32)).any(axis=(0, 1, 3)), is_bad)
+    np.testing.assert_array_equal(out, jax.jit(run)(q, k, v, pattern))
+
+
+@pytest.mark.gpu
+def test_vmap_is_a_batch():
+    q, k, v = make(T=300, B=2)
+    run = functools.partial(attention.vertical_slash_attention, implementation="mosaic_gpu")
+    each = jax.vmap(lambda *one: run(*(x[None] for x in one))[0])(q, k, v)
+    np.testing.assert_array_equal(each, run(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "itemsize", "message"),
+    [
+        (dataclasses.replace(H100, kind="an A100", compute_capability=(8, 0)), 128, 2, "9.0, not an A100"),
+        (dataclasses.replace(H100, kind="a B200", compute_capability=(10, 0)), 128, 2, "9.0, not a B200"),
+        (H100, 128, 4, "from 64 to 128, not 128 in 4 bytes"),
+        (H100, 256, 2, "from 64 to 128, not 256 in 2 bytes"),
+        (H100, 48, 2, "from 64 to 128, not 48 in 2 bytes"),
+        (H100, 100, 2, "from 64 to 128, not 100 in 2 bytes"),
+    ],
+)
+def test_what_it_cannot_do_is_declined_by_name(device, head_dim, itemsize, message):
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu_tiles(device, head_dim, itemsize)
+
+
+def test_fewer_queries_than_a_warpgroup_takes_are_declined():
+    (entry,) = implementations.named("mosaic_gpu")
+    q, k, v = make(T=63, S=200)
+    where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, 200), "tiles": TileConfig()}
+    with pytest.raises(NotImplementedError, match="needs 64 queries and keys, not 63 and 200"):
+        entry.dense(q, k, v, scale=1.0, **where)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"block_q": 128, "block_kv": 64}, "must be 64 queries by 64 keys or 128 by 128"),
+        ({"num_warps": 8}, "with num_warps=4"),
+        ({"num_stages": 4}, "has 232448"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused_in_one_sentence(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check_mosaic_gpu_tiles(TileConfig(**sizes), H100, 128, 2)
+    check_mosaic_gpu_tiles(mosaic_gpu_tiles(H100, 128, 2), H100, 128, 2)
