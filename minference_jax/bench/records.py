@@ -150,9 +150,11 @@ def attention_table(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _rows(group: Sequence[dict[str, Any]]) -> list[str]:
+    differ = len({row["implementation"] for row in group}) > 1
     columns = {
         "tokens": [f"{row['length']:,}" for row in group],
         "case": [_label(row) for row in group],
+        "implementation": [f"`{row['implementation']}`" if differ else "" for row in group],
         "tiles": [_tiles(row["tiles"]) for row in group],
         "density": [f"{row['density']:.2f}" if row["density"] >= 0.1 else f"{row['density']:.3f}" for row in group],
         "dense, ms": [_milliseconds(row["baseline_ms"]) for row in group],

@@ -82,7 +82,7 @@ def taken(layout, q_offset, kv_len, q_len, tiles):
 near_and_far = st.sets(st.one_of(st.integers(0, SIZE - 1), st.integers(0, 300)), max_size=80)
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
     distances=near_and_far,
     run=st.tuples(st.integers(0, 500), st.integers(0, 400)),
@@ -103,7 +103,7 @@ def test_steps_take_each_pair_of_the_layout_once(distances, run, columns, window
     np.testing.assert_array_equal(counts, mask)
 
 
-@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(tiles=st.sampled_from(TILES), q_len=st.integers(1, SIZE), data=st.data())
 def test_steps_take_each_listed_block_once(tiles, q_len, data):
     blocks = []
