@@ -54,7 +54,7 @@ class Program(NamedTuple):
 
     Attributes:
       q, k, v, out, lse: refs to device memory, as in ``sparse_mosaic_gpu.attention``; lse [B, N, T].
-      inputs: refs to the rest.
+      inputs: ``Inputs`` of refs to the rest.
       held: refs to shared memory and barriers by name.
       group_size: query heads of a KV head. scale: positive, in units of log 2. tiles: of the layout.
     """
@@ -64,7 +64,7 @@ class Program(NamedTuple):
     v: Any
     out: Any
     lse: Any
-    inputs: Inputs
+    inputs: Any
     held: dict[str, Any]
     group_size: int
     scale: float
@@ -133,7 +133,8 @@ def _parts(program: Program) -> list[_Part]:
     def read(bounds) -> Callable[[], tuple[Array, ...]]:
         return lambda: tuple(bounds[sequence, head, tile, i] for i in range(3))
 
-    def of_slashes(starts, bounds, split: bool) -> _Part:
+    def of_slashes(steps, split: bool) -> _Part:
+        starts, bounds = steps
         return _Part(split, read(bounds), lambda place, half: start + starts[sequence, head, place, half])
 
     def listed_at(place, half):
@@ -141,9 +142,9 @@ def _parts(program: Program) -> list[_Part]:
             return ids[sequence, head, 2 * tile + half, place] * HALF
         return ids[sequence, head, tile, place] * WHOLE + half * HALF
 
-    parts = [of_slashes(*inputs.whole, split=False)]
+    parts = [of_slashes(inputs.whole, split=False)]
     if inputs.split is not None:
-        parts.append(of_slashes(*inputs.split, split=True))
+        parts.append(of_slashes(inputs.split, split=True))
     if inputs.listed is not None:
         ids, bounds = inputs.listed
         parts.append(_Part(tiles.block_q == HALF, read(bounds), listed_at))

@@ -64,7 +64,7 @@ def attention(
     inputs = _inputs(k, v, layout, q_offset=q_offset, kv_len=kv_len, q_len=q_len, tiles=tiles)
     leaves, tree = jax.tree.flatten(inputs)
     scratch = _scratch(-(-head_dim // CHUNK), tiles.num_stages, q.dtype, inputs.columns is not None)
-    chosen = {"group_size": num_heads // k.shape[2], "tiles": tiles}
+    chosen: dict[str, Any] = {"group_size": num_heads // k.shape[2], "tiles": tiles}
     chosen["scale"] = abs(scale) * math.log2(math.e) if sign else 1.0
 
     def program(q_ref, k_ref, v_ref, *refs: Any) -> None:

@@ -48,17 +48,18 @@ def slash_steps(
     used = jnp.arange(layout.offsets.shape[-1]) < layout.offset_counts[..., None]
     offsets = jnp.where(used, layout.offsets, -FAR)
 
-    def bounded(first: Array, second: Array, is_split: bool) -> Steps:
+    def bounded(halves: tuple[Array, ...], is_split: bool) -> Steps:
+        first, second = halves
         bounds = _bounds(first, second, is_split, layout.windows, starts, kv_len)
         return Steps(jnp.stack([first, second], axis=-1), bounds)
 
     if tiles.block_q == WHOLE:
-        return bounded(offsets, jnp.where(used, offsets + HALF, -FAR), is_split=False), None
+        return bounded((offsets, jnp.where(used, offsets + HALF, -FAR)), is_split=False), None
     whole, split = _whole_and_split(offsets, used)
-    return bounded(*whole, is_split=False), bounded(*split, is_split=True)
+    return bounded(whole, is_split=False), bounded(split, is_split=True)
 
 
-def _whole_and_split(offsets: Array, used: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _whole_and_split(offsets: Array, used: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Shares the blocks that both warpgroups need.
 
     Blocks side by side form a chain of n. With the first one's place as 1, warpgroup 0 needs places 1 to n and

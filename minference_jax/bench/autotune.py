@@ -68,8 +68,8 @@ def candidates(device: Device, implementation: str, head_dim: int, itemsize: int
       itemsize: bytes of one element of q, k and v.
     """
     if implementation == "mosaic_gpu":
-        sizes = ((64, 3), (64, 2), (128, 3), (128, 2))
-        return [TileConfig(block_q=size, block_kv=size, num_stages=stages) for size, stages in sizes]
+        choices = itertools.product((64, 128), (3, 2))
+        return [TileConfig(block_q=size, block_kv=size, num_stages=stages) for size, stages in choices]
     if implementation != "triton":
         return [TileConfig(block_q=q, block_kv=kv) for q, kv in ((64, 64), (128, 64), (64, 32))]
     found = []

