@@ -102,7 +102,8 @@ CASES_H100 += MOSAIC
 each_case = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.fixture(scope="module", params=CARDS)
+# One process of a parallel run compiles all that is for one card.
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in CARDS])
 def kind(request):
     return request.param
 
