@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from minference_jax.kernels.softmax import valid_rows
 from minference_jax.kernels.tiles import Device, TileConfig, compute_capability
 
 
@@ -43,7 +44,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, kv_len: Array | Non
         raise NotImplementedError(f"it needs a positive scale, not {scale}")
     lengths: dict[str, Any] = {}
     if kv_len is not None:
-        v = jnp.where((jnp.arange(v.shape[1]) < kv_len[:, None])[:, :, None, None], v, 0)  # what is there may be NaN
+        v = jax.vmap(valid_rows)(v, kv_len)
         lengths = {"query_seq_lengths": jnp.minimum(kv_len, q.shape[1]), "key_value_seq_lengths": kv_len}
     try:
         out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn", **lengths)

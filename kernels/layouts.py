@@ -122,6 +122,46 @@ def count_above(lists: Array, bounds: Array) -> Array:
     return jax.vmap(jax.vmap(search))(-lists, -bounds).astype(jnp.int32)
 
 
+def side_by_side(k: Array, v: Array, layout: SparseLayout, step: int) -> tuple[Array, Array, Array]:
+    """The keys and values of every head's columns, copied side by side.
+
+    Args:
+      k, v: [B, S, K, H], N a multiple of K.
+      layout: of B sequences and N heads.
+      step: their number C is a multiple of it.
+
+    Returns:
+      k and v [B, N, C, H], and positions int32 [B, N, C], then FAR.
+    """
+    batch, num_heads, capacity = layout.columns.shape
+    used = jnp.arange(capacity) < layout.column_counts[..., None]
+    positions = jnp.where(used, layout.columns, FAR)
+    positions = jnp.pad(positions, [(0, 0), (0, 0), (0, -capacity % step)], constant_values=FAR)
+    heads = jnp.arange(num_heads)[:, None] // (num_heads // k.shape[2])
+    at = (jnp.arange(batch)[:, None, None], jnp.where(positions < FAR, positions, 0), heads)
+    return k[at], v[at], positions
+
+
+def columns_before(positions: Array, starts: Array, block_q: int, kv_len: Array) -> Array:
+    """Columns that each tile of ``block_q`` queries reads: int32 [B, N, Tq].
+
+    positions: int32 [B, N, C], ascending. starts: int32 [B, Tq], of the tiles. kv_len: int32 [B].
+    """
+    end = jnp.where(starts < kv_len[:, None], jnp.minimum(starts + block_q, kv_len[:, None]), 0)
+    return count_above(-positions, -end[:, None])
+
+
+def listed_counts(layout: SparseLayout, starts: Array, kv_len: Array, tiles: TileConfig) -> tuple[Array, Array]:
+    """Listed blocks of each tile that every row sees whole, and all that it reads: int32 [B, N, Tq] each.
+
+    starts: int32 [B, Tq], of the tiles. kv_len: int32 [B].
+    """
+    starts = starts[:, None]
+    total = jnp.where(starts < kv_len[:, None, None], layout.block_counts, 0)
+    seen = layout.block_ids < ((starts + 1) // tiles.block_kv)[..., None]  # by every row, as by the first
+    return jnp.minimum(seen.sum(axis=-1, dtype=jnp.int32), total), total
+
+
 def computed_keys(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
     """Keys each query tile computes, in tokens, after the blocks and columns that lie wholly outside it are skipped.
 

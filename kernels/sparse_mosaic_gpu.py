@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.layouts import SparseLayout, everything
 from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, Inputs, Program, attention_kernel
+from minference_jax.kernels.softmax import valid_rows
 from minference_jax.kernels.tiles import TileConfig
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
 
@@ -53,6 +54,9 @@ def attention(
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
+
+    Raises:
+      NotImplementedError: fewer than 64 queries, or room for fewer than 64 keys.
     """
     batch, q_len, num_heads, head_dim = q.shape
     kv_capacity = k.shape[1]
@@ -60,7 +64,7 @@ def attention(
         raise NotImplementedError(f"it needs {HALF} queries and keys, not {q_len} and {kv_capacity}")
     sign = (scale > 0) - (scale < 0)  # the softmax wants a positive scale
     q = q if sign == 1 else q * sign
-    v = jnp.where((jnp.arange(kv_capacity) < kv_len[:, None])[:, :, None, None], v, 0)  # what is there may be NaN
+    v = jax.vmap(valid_rows)(v, kv_len)
     inputs = _inputs(k, v, layout, q_offset=q_offset, kv_len=kv_len, q_len=q_len, tiles=tiles)
     leaves, tree = jax.tree.flatten(inputs)
     scratch = _scratch(-(-head_dim // CHUNK), tiles.num_stages, q.dtype, inputs.columns is not None)

@@ -18,7 +18,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from minference_jax.kernels.layouts import FAR, SparseLayout, count_above, everything, tile_starts
+from minference_jax.kernels.layouts import (
+    FAR,
+    SparseLayout,
+    columns_before,
+    count_above,
+    everything,
+    listed_counts,
+    side_by_side,
+    tile_starts,
+)
 from minference_jax.kernels.tiles import TileConfig, check_head_dim
 
 
@@ -155,9 +164,7 @@ def _blocks(layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: TileConfi
     slashes = _Blocks(offsets, jnp.stack([diagonal, jnp.clip(inside, diagonal, total), total], axis=-1))
     if not layout.block_ids.shape[-1]:
         return slashes, None
-    total = jnp.where(is_real, layout.block_counts, 0)
-    seen = layout.block_ids < (starts[..., None] + 1) // block_kv  # by every row, as by the first
-    inside = jnp.minimum(seen.sum(axis=-1, dtype=jnp.int32), total)
+    inside, total = listed_counts(layout, tile_starts(q_offset, q_len, tiles), kv_len, tiles)
     return slashes, _Blocks(layout.block_ids, jnp.stack([jnp.zeros_like(total), inside, total], axis=-1))
 
 
@@ -169,23 +176,18 @@ def _columns(k, v, layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: Ti
     """
     if not layout.columns.shape[-1]:
         return None
-    batch, num_heads, capacity = layout.columns.shape
+    batch, num_heads, _ = layout.columns.shape
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    used = jnp.arange(capacity) < layout.column_counts[..., None]
-    positions = jnp.where(used, layout.columns, FAR)
-    positions = jnp.pad(positions, [(0, 0), (0, 0), (0, -capacity % block_kv)], constant_values=FAR)
+    columns_k, columns_v, positions = side_by_side(k, v, layout, block_kv)
+    counts = columns_before(positions, tile_starts(q_offset, q_len, tiles), block_q, kv_len)
     rows = (jnp.arange(batch)[:, None, None], jnp.arange(num_heads)[:, None])
-    at = (rows[0], jnp.where(positions < FAR, positions, 0), rows[1] // (num_heads // k.shape[2]))
-    starts = tile_starts(q_offset, q_len, tiles)
-    end = jnp.where(starts < kv_len[:, None], jnp.minimum(starts + block_q, kv_len[:, None]), 0)
-    counts = count_above(-positions, -jnp.broadcast_to(end[:, None], layout.block_counts.shape))
     size = (k.shape[1] + block_q) // block_kv + 2
     used = jnp.arange(layout.offsets.shape[-1]) < layout.offset_counts[..., None]
     begins = block_q - block_kv - layout.offsets
     stretch = jnp.where(used, begins // block_kv, size)
     covers = jnp.full((batch, num_heads, size), -1, jnp.int32)
     covers = covers.at[(*rows, stretch)].set(begins % block_kv, mode="drop")
-    return _Columns(k[at], v[at], positions, covers, counts)
+    return _Columns(columns_k, columns_v, positions, covers, counts)
 
 
 def head_parts(head_dim: int) -> list[Any]:

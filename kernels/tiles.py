@@ -91,7 +91,10 @@ def check_triton_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsiz
         size = getattr(tiles, name)
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name}={size} must be a power of two of at least 16 for the Triton kernel")
-    needed = shared_memory_bytes(tiles, head_dim, itemsize)
+    _check_memory(tiles, shared_memory_bytes(tiles, head_dim, itemsize), device, head_dim)
+
+
+def _check_memory(tiles: TileConfig, needed: int, device: Device, head_dim: int) -> None:
     if device.compute_capability is not None and needed > device.shared_memory:
         raise ValueError(
             f"{tiles} needs {needed} bytes of shared memory at {head_dim=}, {device.kind} has {device.shared_memory}"
@@ -164,11 +167,7 @@ def check_mosaic_gpu_tiles(tiles: TileConfig, device: Device, head_dim: int, ite
             f"{tiles} must be 64 queries by 64 keys or 128 by 128 for the Mosaic GPU kernel, with num_warps=4, those "
             "of a warpgroup"
         )
-    needed = mosaic_gpu_shared_memory_bytes(tiles, head_dim)
-    if needed > device.shared_memory:
-        raise ValueError(
-            f"{tiles} needs {needed} bytes of shared memory at {head_dim=}, {device.kind} has {device.shared_memory}"
-        )
+    _check_memory(tiles, mosaic_gpu_shared_memory_bytes(tiles, head_dim), device, head_dim)
 
 
 def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:

@@ -13,7 +13,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from minference_jax.kernels.layouts import FAR, SparseLayout, compact, count_above, tile_starts
+from minference_jax.kernels.layouts import (
+    FAR,
+    SparseLayout,
+    columns_before,
+    compact,
+    count_above,
+    listed_counts,
+    side_by_side,
+    tile_starts,
+)
 from minference_jax.kernels.tiles import TileConfig
 
 HALF = 64
@@ -112,10 +121,7 @@ def _bounds(first: Array, second: Array, is_split: bool, windows: Array, starts:
 
 def listed_bounds(layout: SparseLayout, q_offset: Array, kv_len: Array, q_len: int, tiles: TileConfig) -> Array:
     """As ``Steps.bounds``, for a step over the next block that each warpgroup lists: int32 [B, N, Tq, 3]."""
-    starts = tile_starts(q_offset, q_len, tiles)[:, None]
-    total = jnp.where(starts < kv_len[:, None, None], layout.block_counts, 0)
-    seen = layout.block_ids < ((starts + 1) // tiles.block_kv)[..., None]  # by every row, as by the first
-    inside = jnp.minimum(seen.sum(axis=-1, dtype=jnp.int32), total)
+    inside, total = listed_counts(layout, tile_starts(q_offset, q_len, tiles), kv_len, tiles)
     if tiles.block_q == HALF:
         room = [(0, 0), (0, 0), (0, total.shape[-1] % 2)]
         last = [jnp.pad(x, room).reshape(*x.shape[:2], -1, 2) for x in (inside, total)]
@@ -147,28 +153,23 @@ def columns_of(
     """
     if not layout.columns.shape[-1]:
         return None
-    columns = jnp.pad(layout.columns, [(0, 0), (0, 0), (0, -layout.columns.shape[-1] % WHOLE)], constant_values=FAR)
-    layout = layout._replace(columns=columns)
-    positions = jnp.where(jnp.arange(columns.shape[-1]) < layout.column_counts[..., None], columns, FAR)
-    batch, num_heads = positions.shape[:2]
-    heads = jnp.arange(num_heads)[:, None] // (num_heads // k.shape[2])
-    at = (jnp.arange(batch)[:, None, None], jnp.where(positions < FAR, positions, 0), heads)
-    starts = tile_starts(q_offset, q_len, TileConfig(block_q=WHOLE))
-    end = jnp.where(starts < kv_len[:, None], jnp.minimum(starts + WHOLE, kv_len[:, None]), 0)
-    counts = count_above(-positions, -end[:, None])
-    rows = first_rows(layout, q_offset, q_len, k.shape[1], tiles)
-    return Columns(k[at], v[at], rows, (counts + WHOLE - 1) // WHOLE)
+    columns_k, columns_v, positions = side_by_side(k, v, layout, WHOLE)
+    counts = columns_before(positions, tile_starts(q_offset, q_len, TileConfig(block_q=WHOLE)), WHOLE, kv_len)
+    rows = first_rows(positions, layout, q_offset, q_len, k.shape[1], tiles)
+    return Columns(columns_k, columns_v, rows, (counts + WHOLE - 1) // WHOLE)
 
 
-def first_rows(layout: SparseLayout, q_offset: Array, q_len: int, kv_capacity: int, tiles: TileConfig) -> Array:
+def first_rows(
+    positions: Array, layout: SparseLayout, q_offset: Array, q_len: int, kv_capacity: int, tiles: TileConfig
+) -> Array:
     """The first query of a warpgroup that counts a column: bfloat16 [B, N, Tq, 2, C], from 0 to 64 = none.
+
+    positions: int32 [B, N, C], of the columns, then FAR.
 
     A column that lies in a slash block of its tile is counted by the block up to the window's edge, by the column from
     there on.
     """
-    batch, num_heads, capacity = layout.columns.shape
-    used = jnp.arange(capacity) < layout.column_counts[..., None]
-    positions = jnp.where(used, layout.columns, FAR)
+    batch, num_heads, capacity = positions.shape
     halves = tile_starts(q_offset, -(-q_len // WHOLE) * WHOLE, TileConfig())  # [B, 2 Tq]
     tile = q_offset[:, None] + (halves - q_offset[:, None]) // tiles.block_q * tiles.block_q
     # A key of a tile has the place block_q - 1 + (tile start - key); a block covers block_kv places.

@@ -36,7 +36,7 @@ def taken(layout, q_offset, kv_len, q_len, tiles):
     )
     listed = np.asarray(listed_bounds(layout, *where))[0, 0]
     ids, window = np.asarray(layout.block_ids)[0, 0], int(layout.windows[0, 0])
-    rows = np.asarray(first_rows(layout, where[0], q_len, SIZE, tiles).astype(jnp.float32))[0, 0]
+    rows = np.asarray(first_rows(layout.columns, layout, where[0], q_len, SIZE, tiles).astype(jnp.float32))[0, 0]
     columns = np.asarray(layout.columns)[0, 0]
     counts = np.zeros((len(listed) * WHOLE, SIZE), int)
 
