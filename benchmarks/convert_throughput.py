@@ -23,16 +23,17 @@ STEPS = {
     "export": "export_model(target, target + '-exported')",
 }
 CHILD = """
-import resource, sys, time
+import sys, time
+from minference_jax.cli.measure import peak_memory
 from minference_jax.convert.checkpoint import convert_model, load_parameters
 from minference_jax.convert.export import export_model
 source, target = sys.argv[1:]
 import jax
 jax.devices()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, _ = peak_memory()
 begin = time.perf_counter()
 kept = {step}
-print(time.perf_counter() - begin, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(time.perf_counter() - begin, peak_memory()[0] - before)
 """
 
 

@@ -445,13 +445,13 @@ def test_pattern_arrays_that_do_not_fit_are_refused(change, message):
 
 
 PEAK = """
-import resource, sys
 import jax, jax.numpy as jnp
-from minference_jax import PatternArrays, VerticalSlash, sparse_attention, uniform_patterns
+from minference_jax import VerticalSlash, sparse_attention
+from minference_jax.cli.measure import peak_memory
 q, k, v = (jax.random.normal(jax.random.key(i), (1, 32768, n, 64)) for i, n in enumerate((9, 3, 3)))
 out = sparse_attention(q, k, v, VerticalSlash(vertical_size=500, slash_size=100))
 assert bool(jnp.isfinite(out).all())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(peak_memory()[0])
 """
 
 
