@@ -1,0 +1,129 @@
+"""`minference-jax search`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+
+from minference_jax.cli.inputs import encode_prompt, load_model, model_name, read_text
+from minference_jax.cli.progress import StepsDone, wants_bars
+from minference_jax.generate import LanguageModel
+from minference_jax.patterns import ModelPatterns, write_patterns
+from minference_jax.patterns.heads import KINDS
+from minference_jax.search import DEFAULT_CANDIDATES, LayerResult, retrieval_prompt, search_patterns
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Searches, prints a line for each layer, writes the file and says where it is.
+
+    Raises:
+        ValueError, NotImplementedError, MemoryError, OSError: as `search_patterns`; options that do not go together;
+            the output exists.
+    """
+    output = Path(arguments.output)
+    journal = output.with_name(f"{output.name}.journal")
+    _check(arguments, output)
+    texts = None if arguments.prompt_file is None else [read_text(name) for name in arguments.prompt_file]
+    model = load_model(arguments)
+    prompts = _prompts(model, arguments, texts)
+    if arguments.overwrite:
+        output.unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
+    try:
+        with StepsDone(wants_bars(arguments.progress)) as progress:
+            found = search_patterns(
+                model,
+                prompts,
+                budget=arguments.budget,
+                cost=arguments.cost,
+                candidates=arguments.candidates or DEFAULT_CANDIDATES,
+                slash_granularity=arguments.slash_granularity,
+                implementation=arguments.implementation,
+                name=model_name(arguments),
+                journal=journal,
+                progress=progress,
+                finished=lambda layer: print(line(layer), flush=True),
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on behind the last finished layer", file=sys.stderr)
+        raise
+    write_patterns(found.patterns, output)
+    if arguments.published is not None:
+        write_patterns(found.patterns, arguments.published, format="published")
+    print(summary(found.patterns, found.layers))
+    print(f"written to {output}; what was compared is in {journal}")
+
+
+def _check(arguments: argparse.Namespace, output: Path) -> None:
+    if arguments.prompt_file is None:
+        given = ("question", "max_prompt_tokens")
+        foreign = [name for name in given if getattr(arguments, name) is not None]
+        if foreign:
+            raise ValueError(f"--{foreign[0].replace('_', '-')} goes with --prompt-file")
+    else:
+        foreign = [name for name in ("length", "num_prompts", "seed") if getattr(arguments, name) is not None]
+        if foreign:
+            raise ValueError(f"--{foreign[0].replace('_', '-')} is for generated prompts, not for --prompt-file")
+    for path in (output, *([] if arguments.published is None else [Path(arguments.published)])):
+        if path.exists() and not arguments.overwrite:
+            raise ValueError(f"{path} exists: name another file, or give --overwrite")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is no folder, so {path.name} can't be written there")
+
+
+def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[str] | None) -> list[list[int]]:
+    if texts is None:
+        seed, count = arguments.seed or 0, arguments.num_prompts or 1
+        if model.tokenizer is None:
+            raise ValueError(f"{model_name(arguments)} has no tokenizer files, so it can't read text")
+        return [retrieval_prompt(model, arguments.length, seed=seed + index) for index in range(count)]
+    prompts = []
+    for name, text in zip(arguments.prompt_file, texts, strict=True):
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+        prompts.append(encode_prompt(model, text, copy.copy(arguments)).tokens)
+    return prompts
+
+
+def line(layer: LayerResult) -> str:
+    """What one layer's heads got, and their errors beside those that one kind for all would have."""
+    chosen = layer.choices()
+    kinds = Counter(KINDS[type(one.candidate)].name.lower() for one in chosen)
+    errors = [one.error[head] for head, one in enumerate(chosen)]
+    costs = [one.cost[head] for head, one in enumerate(chosen)]
+    counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    return f"layer {layer.layer:3}: error {_mean(errors):.4f}, cost {_mean(costs):.3f}; {counted}"
+
+
+def summary(patterns: ModelPatterns, layers: tuple[LayerResult, ...]) -> str:
+    """How often each kind was chosen, and the mean error beside that of each candidate for all heads."""
+    kinds = Counter(KINDS[type(head)].name.lower() for row in patterns.layers for head in row)
+    chosen = [(one, head) for layer in layers for head, one in enumerate(layer.choices())]
+    lines = [
+        ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()),
+        f"mean error {_mean([one.error[head] for one, head in chosen]):.4f} at mean cost "
+        f"{_mean([one.cost[head] for one, head in chosen]):.3f}; one candidate for all heads, at the same budget:",
+    ]
+    for place, candidate in enumerate(layers[0].candidates):
+        of_all = [(e, c) for layer in layers for e, c in zip(*_columns(layer, place), strict=True)]
+        name = (
+            f"{KINDS[type(candidate.candidate)].name.lower()} {' '.join(map(str, vars(candidate.candidate).values()))}"
+        )
+        if any(error is None for error, _ in of_all):
+            lines.append(f"  {name:28} over the budget at {sum(error is None for error, _ in of_all)} heads")
+        else:
+            errors, costs = zip(*of_all, strict=True)
+            lines.append(f"  {name:28} error {_mean(errors):.4f}, cost {_mean(costs):.3f}")
+    return "\n".join(lines)
+
+
+def _columns(layer: LayerResult, place: int) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    return layer.candidates[place].error, layer.candidates[place].cost
+
+
+def _mean(values) -> float:
+    return statistics.fmean(values)
