@@ -28,20 +28,7 @@ def add_search(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT and its journal, and begin anew")
     parser.add_argument("--published", metavar="FILE", help="write the result in the published format, too")
     add_model(parser)
-    prompts = parser.add_argument_group("calibration prompts")
-    prompts.add_argument("--prompt-file", nargs="+", metavar="FILE", help="files that hold one each (UTF-8)")
-    prompts.add_argument("--question", metavar="TEXT", help="put after each file, as a question about the text above")
-    prompts.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="keep each file's first N tokens only")
-    prompts.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
-    prompts.add_argument(
-        "--length",
-        type=positive,
-        metavar="N",
-        help="tokens of generated key-value retrieval prompts, where no file "
-        "is given (30000, or what the model can read)",
-    )
-    prompts.add_argument("--num-prompts", type=positive, metavar="N", help="how many are generated (1)")
-    prompts.add_argument("--seed", type=int, metavar="N", help="of the generated prompts (0)")
+    _add_calibration(parser)
     group = parser.add_argument_group("candidates")
     group.add_argument(
         "--budget", type=share, default=0.3, metavar="X", help="what a head may cost, as a share of dense (0.3)"
@@ -68,6 +55,23 @@ def add_search(commands: Any) -> None:
     )
     group.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
     group.add_argument("--tiles", metavar="FILE", help="measured tile sizes, from autotune; without it this user's own")
+
+
+def _add_calibration(parser: Any) -> None:
+    prompts = parser.add_argument_group("calibration prompts")
+    prompts.add_argument("--prompt-file", nargs="+", metavar="FILE", help="files that hold one each (UTF-8)")
+    prompts.add_argument("--question", metavar="TEXT", help="put after each file, as a question about the text above")
+    prompts.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="keep each file's first N tokens only")
+    prompts.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
+    prompts.add_argument(
+        "--length",
+        type=positive,
+        metavar="N",
+        help="tokens of generated key-value retrieval prompts, where no file "
+        "is given (30000, or what the model can read)",
+    )
+    prompts.add_argument("--num-prompts", type=positive, metavar="N", help="how many are generated (1)")
+    prompts.add_argument("--seed", type=int, metavar="N", help="of the generated prompts (0)")
 
 
 def add_inspect(commands: Any) -> None:
