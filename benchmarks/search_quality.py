@@ -1,8 +1,8 @@
 """Searches the default model, and compares what was found with patterns of equal cost on prompts that it did not see.
 
 Calibration prompts: key-value retrieval and a part of Python's manual. Unseen ones: another retrieval, another part of
-the manual, and the opening of a novel. The budget of the search is what the default pattern costs on the calibration
-prompts, over all heads; uniform patterns of other proportions are made as large as cost the same there.
+the manual, and the opening of a novel. Uniform patterns, of the default's proportions and of others, are made as large
+as cost the budget of the search on the calibration prompts, as a mean over all heads.
 
 A record's error: norm of the difference of a layer's attention output from dense, all heads together, over the norm of
 dense attention's, mean over the layers. `--output FILE` keeps records; the pattern file goes where `--patterns` says.
@@ -43,12 +43,13 @@ from minference_jax.search.candidates import head_patterns, scaled
 
 ROOT = Path(__file__).parent.parent
 PROPORTIONS = {
+    "uniform vertical-slash 500 : 700": DEFAULT_PATTERN,
     "uniform vertical-slash 30 : 2048": VerticalSlash(vertical_size=30, slash_size=2048),
     "uniform vertical-slash 500 : 1500": VerticalSlash(vertical_size=500, slash_size=1500),
     "uniform vertical-slash 3000 : 200": VerticalSlash(vertical_size=3000, slash_size=200),
     "uniform A-shape 1024 : 4096": AShape(sink_size=1024, window_size=4096),
 }
-SCALES = np.geomspace(1 / 32, 8, 25)
+SCALES = np.geomspace(1 / 32, 4, 8)
 
 
 def prompts(model: minference_jax.LanguageModel, length: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
@@ -79,8 +80,10 @@ def uniform(model: minference_jax.LanguageModel, pattern: HeadPattern) -> ModelP
     return uniform_patterns(model.config.num_layers, model.config.num_heads, pattern)
 
 
-def of_equal_cost(model: minference_jax.LanguageModel, calibration: list[list[int]]) -> tuple[float, dict]:
-    """The default pattern's mean density on the prompts, and uniform patterns of other proportions that cost as much."""
+def of_equal_cost(
+    model: minference_jax.LanguageModel, calibration: list[list[int]], budget: float | None
+) -> tuple[float, dict[str, ModelPatterns]]:
+    """The budget, and uniform patterns whose mean density on the prompts it is; None = the default pattern's."""
     settings, num_heads, size = settings_for(model), model.config.num_heads, max(map(len, calibration))
     default, costs = [], {name: np.zeros(SCALES.size) for name in PROPORTIONS}
     for index, layers in enumerate(read_layers(model, calibration)):
@@ -90,7 +93,8 @@ def of_equal_cost(model: minference_jax.LanguageModel, calibration: list[list[in
                 for place, scale in enumerate(SCALES):
                     sizes = scaled(pattern, np.full(num_heads, scale), size)
                     costs[name][place] += np.mean(head_densities(layer, sizes, settings))
-    budget, made = float(np.mean(default)), {}
+    print(f"{DEFAULT_PATTERN} costs {np.mean(default):.4f}", flush=True)
+    budget, made = float(np.mean(default)) if budget is None else budget, {}
     for name, pattern in PROPORTIONS.items():
         scale = np.exp(np.interp(budget, costs[name] / len(default), np.log(SCALES)))
         made[name] = uniform(model, head_patterns(pattern, scaled(pattern, np.array([scale]), size))[0])
@@ -113,13 +117,15 @@ def main() -> None:
     """Measures, prints and keeps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--budget", type=float, help="share of dense; without it what the default pattern costs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--patterns", type=Path, required=True)
     arguments = parser.parse_args()
     model = minference_jax.load()
     calibration, unseen = prompts(model, min(arguments.length, model.config.max_length))
-    budget, compared = of_equal_cost(model, list(calibration.values()))
-    print(f"budget {budget:.4f}: what {DEFAULT_PATTERN} costs on {', '.join(calibration)}", flush=True)
+    budget, compared = of_equal_cost(model, list(calibration.values()), arguments.budget)
+    for name, patterns in compared.items():
+        print(f"{name} at {budget:.4f}: {patterns.layers[0][0]}", flush=True)
     start = time.perf_counter()
     found = minference_jax.search_patterns(
         model,
