@@ -1,10 +1,10 @@
 """What sparse attention keeps and leaves out on a given prompt, head by head.
 
-inspect_attention: the figures of every head, over passages (what the last queries can't read) and maps (attention of a
+inspection: the figures of every head, over passages (what the last queries can't read) and maps (attention of a
 head with the kept set); pictures: both drawn.
 """
 
-from minference_jax.inspection.inspect_attention import Inspection, inspect_attention
+from minference_jax.inspection.inspection import Inspection, inspect_attention
 from minference_jax.inspection.maps import HeadMap
 from minference_jax.inspection.passages import Passage, Passages
 

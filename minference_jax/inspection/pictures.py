@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minference_jax.inspection.inspect_attention import Inspection
+from minference_jax.inspection.inspection import Inspection
 from minference_jax.inspection.maps import HeadMap
 from minference_jax.patterns.heads import KINDS
 

@@ -1,13 +1,13 @@
 """Offline search: the pattern of every head of a model, among candidates of equal cost the one nearest to dense.
 
-search_patterns: the search, over candidates (kinds and proportions), budget (sizes of equal cost), journal (what makes
+search: the search itself, over candidates (kinds and proportions), budget (sizes of equal cost), journal (what makes
 it resumable) and calibration (prompts, where the user has none).
 """
 
 from minference_jax.search.calibration import CALIBRATION_LENGTH, retrieval_prompt
 from minference_jax.search.candidates import DEFAULT_CANDIDATES
 from minference_jax.search.results import CandidateResult, LayerResult, SearchResult
-from minference_jax.search.search_patterns import DEFAULT_BUDGET, search_patterns
+from minference_jax.search.search import DEFAULT_BUDGET, search_patterns
 
 __all__ = [
     "CALIBRATION_LENGTH",
