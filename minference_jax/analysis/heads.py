@@ -181,4 +181,4 @@ def head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
 def _head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
     real = (jnp.arange(out.shape[1]) < kv_len[:, None])[..., None, None]
     out, dense = (jnp.where(real, x.astype(jnp.float32), 0.0) for x in (out, dense))
-    return tuple(jnp.square(x).sum(axis=(0, 1, 3)) for x in (out - dense, dense))
+    return jnp.square(out - dense).sum(axis=(0, 1, 3)), jnp.square(dense).sum(axis=(0, 1, 3))

@@ -41,8 +41,8 @@ def dense_milliseconds(layer: LayerActivations, implementation: str | None = Non
     Raises:
         NotImplementedError: the named implementation can't do it.
     """
-    options = {"kv_len": layer.kv_len, "implementation": implementation}
-    return milliseconds(lambda: dense_attention(layer.q, layer.k, layer.v, **options))
+    q, k, v, kv_len = layer.q, layer.k, layer.v, layer.kv_len
+    return milliseconds(lambda: dense_attention(q, k, v, kv_len=kv_len, implementation=implementation))
 
 
 def sparse_milliseconds(layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings) -> float:

@@ -143,7 +143,9 @@ def _layer_table(facts: dict[str, Any]) -> list[str]:
     by_layer: dict[int, list[dict[str, Any]]] = {}
     for row in facts["heads"]:
         by_layer.setdefault(row["layer"], []).append(row)
-    cells = [("layer", "mass kept", "least", "error", "largest", "of head", "density", "sparse, ms", "dense, ms")]
+    cells: list[tuple[str, ...]] = [
+        ("layer", "mass kept", "least", "error", "largest", "of head", "density", "sparse, ms", "dense, ms")
+    ]
     for layer, rows in by_layer.items():
         worst = max(rows, key=lambda row: row["error"])
         columns = {name: np.array([row[name] for row in rows]) for name in ("mass", "error", "density")}
@@ -156,7 +158,7 @@ def _layer_table(facts: dict[str, Any]) -> list[str]:
 
 
 def _head_table(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [("layer", "head", "mass kept", "error", "density", "expected, ms", "pattern")]
+    cells: list[tuple[str, ...]] = [("layer", "head", "mass kept", "error", "density", "expected, ms", "pattern")]
     for row in rows:
         figures = (f"{row[name]:.3f}" for name in ("mass", "error", "density"))
         cells.append((str(row["layer"]), str(row["head"]), *figures, _milliseconds(row["expected_ms"]), row["pattern"]))
@@ -168,7 +170,7 @@ def _passage_table(facts: dict[str, Any]) -> list[str]:
     who = ", ".join(f"{name} {index}" for name, index in place.items()) or "the whole model"
     if not facts["passages"]:
         return [f"{who} leaves nothing out for the last queries"]
-    cells = [("tokens", "lost", "of mass", "kept", "read by heads", "text")]
+    cells: list[tuple[str, ...]] = [("tokens", "lost", "of mass", "kept", "read by heads", "text")]
     for one in facts["passages"]:
         text = textwrap.shorten(one["text"], _EXCERPT, placeholder=" ...")
         readers = f"{one['heads_reading']} of {facts['passages_heads']}"

@@ -95,37 +95,39 @@ def inspect_attention(
     for name, value in (("passage_size", passage_size), ("map_pixels", map_pixels)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    for layer, head in maps:
-        if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
-            raise ValueError(f"layer {layer}, head {head} is not in a model of {shape[0]} layers of {shape[1]} heads")
+    for place in maps:
+        if not (0 <= place[0] < shape[0] and 0 <= place[1] < shape[1]):
+            raise ValueError(
+                f"layer {place[0]}, head {place[1]} is not in a model of {shape[0]} layers of {shape[1]} heads"
+            )
     settings = settings_for(model, slash_granularity=slash_granularity, implementation=implementation)
     settings = replace(settings, capacities=capacities_for(patterns.max_num_blocks, patterns.max_num_columns))
-    arrays, rows, found = patterns.arrays(), [], {}
-    named_for_both = None if implementation is None else settings.implementation
-    for index, (layer,) in enumerate(read_layers(model, [prompt], implementation=named_for_both, return_lse=True)):
+    for_both = None if implementation is None else settings.implementation
+    arrays, figures, passages, times, found = patterns.arrays(), [], [], [], {}
+    for index, (layer,) in enumerate(read_layers(model, [prompt], implementation=for_both, return_lse=True)):
         if progress is not None:
             progress(index, shape[0], f"layer {index}")
         own = PatternArrays(*(x[index] for x in arrays))
         layout = head_layouts(layer, own, settings)
-        rows.append(_layer_row(layer, own, settings))
-        rows[-1] |= dict(
-            zip(
-                ("passage_mass", "passage_lost", "passage_kept"),
-                read_passages(layer, layout, passage_size=passage_size, tiles=settings.tiles),
-                strict=True,
-            )
-        )
+        figures.append(_figures(layer, own, settings))
+        passages.append(read_passages(layer, layout, passage_size=passage_size, tiles=settings.tiles))
         if measure_time:
-            rows[-1] |= _times(layer, own, settings, named_for_both)
+            times.append(_times(layer, own, settings, for_both))
         for place in maps:
             if place[0] == index:
                 found[place] = head_map(layer, layout, *place, pixels=map_pixels, tiles=settings.tiles)
     if progress is not None:
         progress(shape[0], shape[0], "done")
-    table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    passages = Passages(passage_size, len(prompt), *(table.pop(f"passage_{x}") for x in ("mass", "lost", "kept")))
-    times = {name: table.pop(name, None) for name in ("head_ms", "sparse_ms", "dense_ms")}
-    return Inspection(patterns=patterns, passages=passages, maps=found, **table, **times)
+    mass, error, density = _columns(figures)
+    head_ms, sparse_ms, dense_ms = _columns(times) if measure_time else (None, None, None)
+    read = Passages(passage_size, len(prompt), *_columns(passages))
+    return Inspection(patterns, mass, error, density, head_ms, sparse_ms, dense_ms, read, found)
+
+
+def _columns(rows: list[tuple[Any, Any, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each layer's three figures as three arrays [L, ...]."""
+    first, second, third = (np.array(column) for column in zip(*rows, strict=True))
+    return first, second, third
 
 
 def _patterns(model: LanguageModel, pattern: HeadPattern | ModelPatterns | None) -> ModelPatterns:
@@ -139,15 +141,14 @@ def _patterns(model: LanguageModel, pattern: HeadPattern | ModelPatterns | None)
     return patterns
 
 
-def _layer_row(layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings) -> dict[str, Any]:
-    """Mass, error and density of every head."""
+def _figures(
+    layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mass, error and density of every head [N]."""
     out, lse, density = sparse_outputs(layer, pattern, settings)
     wrong, whole = (np.asarray(x) for x in head_errors(out, layer.out, layer.kv_len))
-    return {
-        "mass": np.asarray(_mass(lse, layer.lse, layer.kv_len)),
-        "error": np.sqrt(wrong / np.where(whole > 0, whole, 1.0)),
-        "density": np.asarray(density),
-    }
+    error = np.sqrt(wrong / np.where(whole > 0, whole, 1.0))
+    return np.asarray(_mass(lse, layer.lse, layer.kv_len)), error, np.asarray(density)
 
 
 @jax.jit
@@ -160,9 +161,7 @@ def _mass(sparse_lse: Array, dense_lse: Array, kv_len: Array) -> Array:
 
 def _times(
     layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings, implementation: str | None
-) -> dict[str, Any]:
-    return {
-        "head_ms": head_milliseconds(layer, pattern, settings),
-        "sparse_ms": sparse_milliseconds(layer, pattern, settings),
-        "dense_ms": dense_milliseconds(layer, implementation),
-    }
+) -> tuple[np.ndarray, float, float]:
+    """Of every head [N], of the layer, and of the layer with dense attention."""
+    sparse = head_milliseconds(layer, pattern, settings), sparse_milliseconds(layer, pattern, settings)
+    return *sparse, dense_milliseconds(layer, implementation)

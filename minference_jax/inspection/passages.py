@@ -66,17 +66,18 @@ class Passages(NamedTuple):
                 raise ValueError(f"{name} {index} is not one of 0 to {most - 1}")
         which = tuple(slice(None) if index is None else slice(index, index + 1) for index in (layer, head))
         mass, lost, kept = (x[which].reshape(-1, x.shape[-1]) for x in (self.mass, self.lost, self.kept))
-        reading = (kept > 0).sum(axis=0)
         means = [x.mean(axis=0) for x in (mass, lost, kept)]
-        order = [place for place in np.lexsort((means[2], -means[1])) if (kept[:, place] < 1).any()]
+        order = [place for place in np.lexsort((means[2], -means[1])).tolist() if (kept[:, place] < 1).any()]
         return [
             Passage(
-                place * self.size,
-                min((place + 1) * self.size, self.num_tokens),
-                *(float(x[place]) for x in means),
-                int(reading[place]),
+                start=place * self.size,
+                end=min((place + 1) * self.size, self.num_tokens),
+                mass=float(means[0][place]),
+                lost=float(means[1][place]),
+                kept=float(means[2][place]),
+                heads_reading=int((kept[:, place] > 0).sum()),
             )
-            for place in map(int, order[:count])
+            for place in order[:count]
         ]
 
 

@@ -32,7 +32,7 @@ def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None
         ValueError: matplotlib is not installed.
         OSError: the file can't be written.
     """
-    parts = {
+    parts: dict[str, tuple[np.ndarray, str, tuple[float, float | None]]] = {
         "attention mass kept": (inspection.mass, "viridis", (0, 1)),
         "output error, relative": (inspection.error, "magma_r", (0, 1)),
         "density of the computed tiles": (inspection.density, "cividis", (0, 1)),

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minference_jax.patterns import HeadPattern, ModelPatterns
+from minference_jax.patterns import HeadPattern, ModelPatterns, ScoreDirection
 
-SCORE_NAME, SCORE_DIRECTION = "relative_output_error", "lower_is_better"
+SCORE_NAME = "relative_output_error"
+SCORE_DIRECTION: ScoreDirection = "lower_is_better"
 
 
 class CandidateResult(NamedTuple):

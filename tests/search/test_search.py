@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,8 +121,10 @@ def planted():
     q[0, :, :2] = np.concatenate([k[0, :300, 0], directions[300:]])[:, None]  # the first ones have nothing so far back
     q[0, :, 2:], k[0, :, 1] = blocks[np.array([0, 0, 1, 0, 2, 1, 3, 2])[tile]][:, None], blocks[tile]
     v = rng.standard_normal((1, length, 2, size))
-    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    return LayerActivations(q, k, v, dense_attention(q, k, v), None, np.array([length], np.int32))
+    # On a device that is named, as a model's weights are: programs are shared with the other tests.
+    q, k, v = (jax.device_put(x.astype(np.float32), jax.devices()[0]) for x in (q, k, v))
+    kv_len = jax.device_put(np.array([length], np.int32), jax.devices()[0])
+    return LayerActivations(q, k, v, dense_attention(q, k, v), None, kv_len)
 
 
 def test_heads_of_known_structure_get_the_pattern_that_fits(model):
