@@ -28,7 +28,7 @@ from minference_jax.analysis import (
     settings_for,
     sparse_outputs,
 )
-from minference_jax.bench.records import append, record
+from minference_jax.bench.records import append, commit, record
 from minference_jax.patterns import (
     DEFAULT_PATTERN,
     AShape,
@@ -118,9 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--budget", type=float, help="share of dense; without it what the default pattern costs")
+    parser.add_argument("--levels", type=float, nargs="+", default=[1.0], help="of the search (1)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--patterns", type=Path, required=True)
     arguments = parser.parse_args()
+    made_by = commit()  # of the code that runs, whatever happens to the tree meanwhile
     model = minference_jax.load()
     calibration, unseen = prompts(model, min(arguments.length, model.config.max_length))
     budget, compared = of_equal_cost(model, list(calibration.values()), arguments.budget)
@@ -131,6 +133,7 @@ def main() -> None:
         model,
         list(calibration.values()),
         budget=budget,
+        levels=arguments.levels,
         name="SmolLM2-135M-Instruct",
         journal=arguments.patterns.with_suffix(".journal"),
         finished=lambda layer: print(f"layer {layer.layer}", flush=True),
@@ -138,7 +141,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     write_patterns(found.patterns, arguments.patterns)
     print(f"search: {seconds:.0f} s on {jax.devices()[0].device_kind}", flush=True)
-    compared = {"searched": found.patterns, "default": uniform(model, DEFAULT_PATTERN), **compared}
+    searched = "searched" if arguments.levels == [1.0] else f"searched, levels {' '.join(map(str, arguments.levels))}"
+    compared = {searched: found.patterns, "default": uniform(model, DEFAULT_PATTERN), **compared}
     shape = {name: getattr(model.config, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
     shape |= {"dtype": str(model.model.dtype), "batch": 1, "implementation": settings_for(model).implementation}
     for prompt_name, tokens in unseen.items():
@@ -156,12 +160,13 @@ def main() -> None:
                 one = record(
                     suite="search",
                     case=f"{name}, unseen {prompt_name}",
-                    pattern=None if name == "searched" else str(patterns.layers[0][0]),
+                    pattern=None if name == searched else str(patterns.layers[0][0]),
                     slash_granularity="line",
                     lists="activations",
                     length=len(tokens),
                     density=float(density.mean()),
                     error=error,
+                    commit=made_by,
                     **shape,
                 )
                 append(arguments.output, one)

@@ -34,6 +34,14 @@ def add_search(commands: Any) -> None:
         "--budget", type=share, default=0.3, metavar="X", help="what a head may cost, as a share of dense (0.3)"
     )
     group.add_argument(
+        "--levels",
+        nargs="+",
+        type=factor,
+        metavar="X",
+        help="budgets that a head may get, as multiples: with 0.5 1 2 heads that need more get more, and the mean over "
+        "all heads keeps the budget (1: all heads cost the same)",
+    )
+    group.add_argument(
         "--cost",
         choices=("tiles", "time"),
         default="tiles",
@@ -45,7 +53,7 @@ def add_search(commands: Any) -> None:
         type=candidate,
         metavar="KIND:SIZE[,SIZE]",
         help="kinds and proportions of sizes, such as vertical_slash:500,1500 a_shape:1024,4096 block_sparse:100; "
-        "without it those of the paper",
+        "without it those of the paper and the default pattern",
     )
     group.add_argument(
         "--slash-granularity",
@@ -121,6 +129,21 @@ def share(text: str) -> float:
         number = 0.0
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and below 1")
+    return number
+
+
+def factor(text: str) -> float:
+    """A number above 0, for argparse.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
     return number
 
 

@@ -7,14 +7,23 @@ import copy
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from minference_jax.cli.inputs import encode_prompt, load_model, model_name, read_text
 from minference_jax.cli.progress import StepsDone, wants_bars
 from minference_jax.generate import LanguageModel
-from minference_jax.patterns import ModelPatterns, write_patterns
+from minference_jax.patterns import write_patterns
 from minference_jax.patterns.heads import KINDS
-from minference_jax.search import DEFAULT_CANDIDATES, LayerResult, retrieval_prompt, search_patterns
+from minference_jax.search import (
+    DEFAULT_CANDIDATES,
+    CandidateResult,
+    LayerResult,
+    SearchResult,
+    choose,
+    retrieval_prompt,
+    search_patterns,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
                 model,
                 prompts,
                 budget=arguments.budget,
+                levels=arguments.levels or (1.0,),
                 cost=arguments.cost,
                 candidates=arguments.candidates or DEFAULT_CANDIDATES,
                 slash_granularity=arguments.slash_granularity,
@@ -46,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
                 name=model_name(arguments),
                 journal=journal,
                 progress=progress,
-                finished=lambda layer: print(line(layer), flush=True),
+                finished=lambda layer: print(line(layer, arguments.budget), flush=True),
             )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on behind the last finished layer", file=sys.stderr)
@@ -54,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_patterns(found.patterns, output)
     if arguments.published is not None:
         write_patterns(found.patterns, arguments.published, format="published")
-    print(summary(found.patterns, found.layers))
+    print(summary(found, arguments.budget))
     print(f"written to {output}; what was compared is in {journal}")
 
 
@@ -89,41 +99,34 @@ def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[st
     return prompts
 
 
-def line(layer: LayerResult) -> str:
-    """What one layer's heads got, and their errors beside those that one kind for all would have."""
-    chosen = layer.choices()
-    kinds = Counter(KINDS[type(one.candidate)].name.lower() for one in chosen)
-    errors = [one.error[head] for head, one in enumerate(chosen)]
-    costs = [one.cost[head] for head, one in enumerate(chosen)]
-    counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    return f"layer {layer.layer:3}: error {_mean(errors):.4f}, cost {_mean(costs):.3f}; {counted}"
+def line(layer: LayerResult, budget: float) -> str:
+    """What one layer's heads would get if it had the budget for itself."""
+    (chosen,) = choose([layer], budget)
+    return f"layer {layer.layer:3}: {_described([chosen])}"
 
 
-def summary(patterns: ModelPatterns, layers: tuple[LayerResult, ...]) -> str:
+def summary(found: SearchResult, budget: float) -> str:
     """How often each kind was chosen, and the mean error beside that of each candidate for all heads."""
-    kinds = Counter(KINDS[type(head)].name.lower() for row in patterns.layers for head in row)
-    chosen = [(one, head) for layer in layers for head, one in enumerate(layer.choices())]
     lines = [
-        ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()),
-        f"mean error {_mean([one.error[head] for one, head in chosen]):.4f} at mean cost "
-        f"{_mean([one.cost[head] for one, head in chosen]):.3f}; one candidate for all heads, at the same budget:",
+        f"all layers: {_described(choose(found.layers, budget))}",
+        "one candidate for all heads:",
     ]
-    for place, candidate in enumerate(layers[0].candidates):
-        of_all = [(e, c) for layer in layers for e, c in zip(*_columns(layer, place), strict=True)]
-        name = (
-            f"{KINDS[type(candidate.candidate)].name.lower()} {' '.join(map(str, vars(candidate.candidate).values()))}"
-        )
-        if any(error is None for error, _ in of_all):
-            lines.append(f"  {name:28} over the budget at {sum(error is None for error, _ in of_all)} heads")
+    for place, one in enumerate(found.layers[0].candidates):
+        same = [layer.candidates[place] for layer in found.layers]
+        errors, costs = ([x for result in same for x in getattr(result, name)] for name in ("error", "cost"))
+        sizes = " ".join(map(str, vars(one.candidate).values()))
+        name = f"  {KINDS[type(one.candidate)].name.lower()} {sizes} at {one.budget:g}"
+        if None in errors:
+            lines.append(f"{name:36} over the budget at {errors.count(None)} heads")
         else:
-            errors, costs = zip(*of_all, strict=True)
-            lines.append(f"  {name:28} error {_mean(errors):.4f}, cost {_mean(costs):.3f}")
+            lines.append(f"{name:36} error {statistics.fmean(errors):.4f}, cost {statistics.fmean(costs):.3f}")
     return "\n".join(lines)
 
 
-def _columns(layer: LayerResult, place: int) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    return layer.candidates[place].error, layer.candidates[place].cost
-
-
-def _mean(values) -> float:
-    return statistics.fmean(values)
+def _described(chosen: Sequence[Sequence[CandidateResult]]) -> str:
+    """Mean error and cost of what was chosen, and how often each kind."""
+    heads = [(one, head) for row in chosen for head, one in enumerate(row)]
+    kinds = Counter(KINDS[type(one.candidate)].name.lower() for one, _ in heads)
+    error, cost = (statistics.fmean(getattr(one, name)[head] for one, head in heads) for name in ("error", "cost"))
+    counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    return f"error {error:.4f}, cost {cost:.3f}; {counted}"

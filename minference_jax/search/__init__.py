@@ -6,7 +6,7 @@ it resumable) and calibration (prompts, where the user has none).
 
 from minference_jax.search.calibration import CALIBRATION_LENGTH, retrieval_prompt
 from minference_jax.search.candidates import DEFAULT_CANDIDATES
-from minference_jax.search.results import CandidateResult, LayerResult, SearchResult
+from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, choose
 from minference_jax.search.search import DEFAULT_BUDGET, search_patterns
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "CandidateResult",
     "LayerResult",
     "SearchResult",
+    "choose",
     "retrieval_prompt",
     "search_patterns",
 ]

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from minference_jax.estimate import MIN_SLASHES, MIN_VERTICALS, NUM_BLOCKS_UNIT
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPattern, PatternArrays, VerticalSlash
+from minference_jax.patterns import (
+    DEFAULT_PATTERN,
+    AShape,
+    BlockSparse,
+    Dense,
+    HeadPattern,
+    PatternArrays,
+    VerticalSlash,
+)
 from minference_jax.patterns.heads import KINDS
 
 DEFAULT_CANDIDATES: tuple[HeadPattern, ...] = (
@@ -16,10 +24,12 @@ DEFAULT_CANDIDATES: tuple[HeadPattern, ...] = (
     VerticalSlash(vertical_size=30, slash_size=2048),
     VerticalSlash(vertical_size=100, slash_size=1800),
     VerticalSlash(vertical_size=500, slash_size=1500),
+    DEFAULT_PATTERN,
     VerticalSlash(vertical_size=3000, slash_size=200),
     BlockSparse(num_blocks=100),
 )
-"""Those of arXiv 2407.02490. Their proportions count: each is made smaller or larger until it costs the budget."""
+"""Those of arXiv 2407.02490 and the default pattern, for the gap between their proportions. Only proportions count: each
+is made smaller or larger until it costs the budget."""
 
 _LEAST = {"vertical_size": MIN_VERTICALS, "slash_size": MIN_SLASHES}  # smaller ones run as these
 

@@ -1,9 +1,9 @@
 """The journal of a search: what it was asked, then a line for each finished layer. It is what makes it resumable.
 
 JSON lines. The first is {"format": "minference-jax/search", "version": 1, "settings": {...}}; each other one a layer:
-{"layer": 0, "output_norms": [...], "candidates": [{"candidate": {"kind": ..., sizes}, "patterns": [...], "cost": [...],
-"density": [...], "error": [...]}, ...]} with null for a head at which a candidate can't keep within the budget. A last
-line without its line feed was being written when the search was ended: that layer is searched again.
+{"layer": 0, "output_norms": [...], "candidates": [{"candidate": {"kind": ..., sizes}, "budget": 0.3, "patterns": [...],
+"cost": [...], "density": [...], "error": [...]}, ...]} with null for a head at which a candidate can't keep within the
+budget. A last line without its line feed was being written when the search was ended: that layer is searched again.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def _layer(fields: dict[str, Any], index: int) -> LayerResult:
         candidates = [
             CandidateResult(
                 candidate=_TYPES[one["candidate"].pop("kind")](**one["candidate"]),
+                budget=one["budget"],
                 patterns=tuple(None if x is None else _TYPES[x.pop("kind")](**x) for x in one["patterns"]),
                 **{name: tuple(one[name]) for name in ("cost", "density", "error")},
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from minference_jax.patterns import HeadPattern, PatternArrays
 from minference_jax.search.budget import Equalised, equalise
 from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates, head_patterns
 from minference_jax.search.journal import Journal, pattern_fields
-from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, as_patterns
+from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, as_patterns, choose
 
 Cost = Literal["tiles", "time"]
 Progress = Callable[[int, int, str], None]
@@ -46,6 +47,7 @@ def search_patterns(
     prompts: Sequence[Tokens],
     *,
     budget: float = DEFAULT_BUDGET,
+    levels: Sequence[float] = (1.0,),
     cost: Cost = "tiles",
     candidates: Sequence[HeadPattern] = DEFAULT_CANDIDATES,
     slash_granularity: SlashGranularity = "line",
@@ -66,6 +68,8 @@ def search_patterns(
         model: with its weights; where these are, the search runs.
         prompts: token ids of each calibration prompt, of any lengths; errors are over all of their queries.
         budget: what a head may cost, as a share of dense attention, above 0 and below 1; over several prompts the mean.
+        levels: budgets that a head may get, as multiples of `budget`. One: all heads cost the same, as in the paper.
+            Several, such as 0.5, 1 and 2: heads that need more get more, and the mean over all heads keeps the budget.
         cost: "tiles" = the work of the computed tiles (density); "time" = measured time of attention on this device.
         candidates: kinds with proportions of sizes; None of them may be dense.
         slash_granularity: "line" or "block", with which the patterns are to run.
@@ -91,35 +95,38 @@ def search_patterns(
     check_candidates(candidates)
     if not (isinstance(budget, int | float) and 0 < budget < 1):
         raise ValueError(f"{budget=} must be above 0 and below 1, a share of dense attention's cost")
+    budgets = [budget * level for level in levels]
+    if not budgets or len(set(budgets)) < len(budgets) or not all(0 < one < 1 for one in budgets):
+        raise ValueError(f"levels={list(levels)} must be different multiples of {budget=}, each above 0 and below 1")
     if cost not in get_args(Cost):
         raise ValueError(f'{cost=} must be "tiles" or "time"')
     settings = settings_for(model, slash_granularity=slash_granularity, implementation=implementation)
     layers = read_layers(model, prompts)
     search = _Search(
-        candidates=tuple(candidates), budget=float(budget), cost=cost, settings=settings, size=max(map(len, prompts))
+        candidates=tuple(candidates), budgets=tuple(budgets), cost=cost, settings=settings, size=max(map(len, prompts))
     )
     kept = Journal(journal, _described(model, prompts, search, name))
-    total, done = model.config.num_layers * len(candidates), 0
+    total, done = model.config.num_layers * len(candidates) * len(budgets), 0
     for index, activations in enumerate(layers):
         if index < len(kept.layers):
             _check_same(kept.layers[index], activations)
-            done += len(candidates)
+            done += len(candidates) * len(budgets)
             continue
         found = []
-        for candidate in candidates:
+        for candidate, allowed in itertools.product(candidates, budgets):
             if progress is not None:
                 progress(done, total, f"layer {index}, {pattern_fields(candidate)['kind']}")  # type: ignore[index]
-            found.append(search.compare(index, activations, candidate))
+            found.append(search.compare(index, activations, candidate, allowed))
             done += 1
         result = LayerResult(index, tuple(found), _norms(activations))
-        result.choices()  # a budget that nothing can keep is to be said now
+        choose([result], 1.0)  # a budget that nothing can keep is to be said now
         kept.add(result)
         if finished is not None:
             finished(result)
     if progress is not None:
         progress(total, total, "done")
     source = f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
-    return SearchResult(as_patterns(tuple(kept.layers), model=name, source=source), tuple(kept.layers))
+    return SearchResult(as_patterns(tuple(kept.layers), budget, model=name, source=source), tuple(kept.layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +134,19 @@ class _Search:
     """What stays the same from layer to layer."""
 
     candidates: tuple[HeadPattern, ...]
-    budget: float
+    budgets: tuple[float, ...]  # of a head
     cost: Cost
     settings: SparseSettings
     size: int  # most tokens of a prompt
 
-    def compare(self, index: int, activations: list[LayerActivations], candidate: HeadPattern) -> CandidateResult:
-        """One candidate in one layer, at the budget: its error at every head."""
+    def compare(
+        self, index: int, activations: list[LayerActivations], candidate: HeadPattern, budget: float
+    ) -> CandidateResult:
+        """One candidate in one layer, at one budget: its error at every head."""
         num_heads = activations[0].q.shape[2]
-        found = self._by_tiles(activations, candidate, np.full(num_heads, self.budget))
+        found = self._by_tiles(activations, candidate, np.full(num_heads, budget))
         if self.cost == "time":
-            found = self._by_time(activations, candidate, found)
+            found = self._by_time(activations, candidate, found, budget)
         squares, density = np.zeros((2, num_heads)), np.zeros(num_heads)
         for layer in activations:
             out, _, share = sparse_outputs(layer, found.sizes, self.settings)
@@ -153,7 +162,7 @@ class _Search:
 
         patterns = where_within(head_patterns(candidate, found.sizes))
         columns = (where_within(x.tolist()) for x in (found.cost, density, error))
-        return CandidateResult(candidate, patterns, *columns)
+        return CandidateResult(candidate, budget, patterns, *columns)
 
     def _by_tiles(self, activations: list[LayerActivations], candidate: HeadPattern, budget: np.ndarray) -> Equalised:
         def density(sizes: PatternArrays) -> np.ndarray:
@@ -162,18 +171,20 @@ class _Search:
 
         return equalise(candidate, density, budget, size=self.size, tolerance=TOLERANCE)
 
-    def _by_time(self, activations: list[LayerActivations], candidate: HeadPattern, found: Equalised) -> Equalised:
+    def _by_time(
+        self, activations: list[LayerActivations], candidate: HeadPattern, found: Equalised, budget: float
+    ) -> Equalised:
         """Corrects the tiles that each head may have by what they are measured to take; a measurement is not exact."""
         num_heads = activations[0].q.shape[2]
         dense = [dense_milliseconds(layer) / num_heads for layer in activations]
-        budget = np.full(num_heads, self.budget)
+        tiles = np.full(num_heads, budget)
         for last in range(_TIME_ROUNDS - 1, -1, -1):
             taken = [head_milliseconds(layer, found.sizes, self.settings) for layer in activations]
             cost = np.mean([ms / whole for ms, whole in zip(taken, dense, strict=True)], axis=0)
             if not last:
                 break
-            budget = np.minimum(budget * self.budget / cost, 1.0)
-            found = self._by_tiles(activations, candidate, budget)
+            tiles = np.minimum(tiles * budget / cost, 1.0)
+            found = self._by_tiles(activations, candidate, tiles)
         return found._replace(cost=cost)
 
 
@@ -202,7 +213,7 @@ def _described(model: LanguageModel, prompts: Sequence[Tokens], search: _Search,
         "dtype": str(model.model.dtype),
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "prompt_tokens_sha256": tokens,
-        "budget": search.budget,
+        "budgets": list(search.budgets),
         "cost": search.cost,
         "tolerance": TOLERANCE,
         "candidates": [pattern_fields(x) for x in search.candidates],

@@ -24,7 +24,7 @@ from minference_jax import (
 from minference_jax.analysis import LayerActivations, head_densities, read_layers, settings_for
 from minference_jax.attention import dense_attention
 from minference_jax.kernels import reference
-from minference_jax.search.results import CandidateResult, LayerResult
+from minference_jax.search.results import CandidateResult, LayerResult, choose
 from minference_jax.search.search import _Search
 
 BUDGET = 0.7
@@ -87,7 +87,7 @@ def test_the_answer_is_the_candidate_of_least_error_exactly_as_it_was_compared(f
 
 
 def test_what_runs_costs_what_the_search_said(model, found):
-    heads = [row.choices()[head].density[head] for row in found.layers[:1] for head in range(NUM_HEADS)]
+    heads = [one.density[head] for head, one in enumerate(choose(found.layers[:1], BUDGET)[0])]
     ran = [np.asarray(model.prefill(prompt, pattern=found.patterns).density)[0, 0] for prompt in PROMPTS]
     np.testing.assert_allclose(np.mean(ran, axis=0), heads, rtol=1e-6)  # layer 0 reads the same in both
 
@@ -129,9 +129,9 @@ def planted():
 
 def test_heads_of_known_structure_get_the_pattern_that_fits(model):
     candidates = (CANDIDATES[0], VerticalSlash(vertical_size=30, slash_size=400), CANDIDATES[2])
-    run = _Search(candidates=candidates, budget=0.8, cost="tiles", settings=settings_for(model), size=512)
-    layer = LayerResult(0, tuple(run.compare(0, [planted()], one) for one in candidates), (1.0,) * NUM_HEADS)
-    assert [type(one.candidate) for one in layer.choices()] == [VerticalSlash] * 2 + [BlockSparse] * 2
+    run = _Search(candidates=candidates, budgets=(0.8,), cost="tiles", settings=settings_for(model), size=512)
+    layer = LayerResult(0, tuple(run.compare(0, [planted()], one, 0.8) for one in candidates), (1.0,) * NUM_HEADS)
+    assert [type(one.candidate) for one in choose([layer], 0.8)[0]] == [VerticalSlash] * 2 + [BlockSparse] * 2
     errors = np.array([one.error for one in layer.candidates])
     assert errors[1, 0] < 0.2 * np.delete(errors[:, 0], 1).min()
 
@@ -186,7 +186,7 @@ def test_a_damaged_or_foreign_journal_is_refused(model, journal, line, text, sen
 
 
 def test_a_journal_of_another_search_or_of_other_weights_is_refused(model, journal, tmp_path):
-    with pytest.raises(ValueError, match=r"a search with other settings \(budget\)"):
+    with pytest.raises(ValueError, match=r"a search with other settings \(budgets\)"):
         search(model, journal=journal, candidates=CANDIDATES[:1], budget=0.6)
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     lines[1]["output_norms"][0] *= 1.5
@@ -207,18 +207,18 @@ def test_time_as_cost_is_measured_and_moves_the_tiles(model, monkeypatch):
     """Heads are said to take half as long again as their tiles: fewer tiles fit."""
     module = "minference_jax.search.search"
     settings = settings_for(model)
-    run = _Search(candidates=CANDIDATES, budget=BUDGET, cost="time", settings=settings, size=512)
+    run = _Search(candidates=CANDIDATES, budgets=(BUDGET,), cost="time", settings=settings, size=512)
     layers = next(iter(read_layers(model, PROMPTS[:1])))
     monkeypatch.setattr(f"{module}.dense_milliseconds", lambda layer: float(NUM_HEADS))
     monkeypatch.setattr(
         f"{module}.head_milliseconds",
         lambda layer, sizes, settings: 1.5 * np.asarray(head_densities(layer, sizes, settings)),
     )
-    result = run.compare(0, layers, CANDIDATES[0])
+    result = run.compare(0, layers, CANDIDATES[0], BUDGET)
     np.testing.assert_allclose(result.cost, 1.5 * np.array(result.density), rtol=1e-6)
     assert max(result.density) <= 1.05 * BUDGET / 1.5  # nearer than that a measurement is not met
-    by_tiles = _Search(candidates=CANDIDATES, budget=BUDGET, cost="tiles", settings=settings, size=512)
-    assert min(by_tiles.compare(0, layers, CANDIDATES[0]).density) > max(result.density)
+    by_tiles = _Search(candidates=CANDIDATES, budgets=(BUDGET,), cost="tiles", settings=settings, size=512)
+    assert min(by_tiles.compare(0, layers, CANDIDATES[0], BUDGET).density) > max(result.density)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,9 @@ def test_time_as_cost_is_measured_and_moves_the_tiles(model, monkeypatch):
         ({"budget": 0}, "budget=0 must be above 0 and below 1"),
         ({"budget": 1.0}, "budget=1.0 must be above 0 and below 1"),
         ({"budget": float("nan")}, "must be above 0 and below 1"),
+        ({"levels": ()}, "must be different multiples of budget=0.7"),
+        ({"levels": (1, 2)}, "each above 0 and below 1"),
+        ({"levels": (1, 1)}, "must be different multiples"),
         ({"cost": "flops"}, 'must be "tiles" or "time"'),
         ({"candidates": ()}, "at least one candidate is needed"),
         ({"candidates": (Dense(),)}, "must be a VerticalSlash"),
@@ -254,15 +257,40 @@ def test_prompts_that_the_model_can_not_read_are_refused(model, prompts, sentenc
         search_patterns(model, prompts)
 
 
-def test_of_equal_errors_the_first_candidate_wins_and_heads_choose_for_themselves():
-    def result(candidate, errors):
-        patterns = tuple(None if error is None else candidate for error in errors)
-        return CandidateResult(candidate, patterns, errors, errors, errors)
+def result(candidate, errors, costs=None):
+    costs = tuple(None if error is None else 0.5 for error in errors) if costs is None else costs
+    patterns = tuple(None if error is None else candidate for error in errors)
+    return CandidateResult(candidate, 0.5, patterns, costs, costs, errors)
 
-    layer = LayerResult(
-        3, (result(CANDIDATES[0], (0.5, 0.2, None)), result(CANDIDATES[1], (0.5, 0.1, 0.3))), (1.0,) * 3
-    )
-    assert [one.candidate for one in layer.choices()] == [CANDIDATES[0], CANDIDATES[1], CANDIDATES[1]]
+
+def test_of_equal_errors_the_first_candidate_wins_and_heads_choose_for_themselves():
+    results = result(CANDIDATES[0], (0.5, 0.2, None)), result(CANDIDATES[1], (0.5, 0.1, 0.3))
+    (chosen,) = choose([LayerResult(3, results, (1.0,) * 3)], 0.5)
+    assert [one.candidate for one in chosen] == [CANDIDATES[0], CANDIDATES[1], CANDIDATES[1]]
+
+
+def test_with_several_levels_heads_that_gain_most_get_most_and_the_mean_keeps_the_budget():
+    def layer(index, cheap, dear):
+        results = [result(CANDIDATES[0], errors, (cost,) * 2) for errors, cost in ((cheap, 0.2), (dear, 0.6))]
+        return LayerResult(index, tuple(results), (1.0,) * 2)
+
+    layers = [layer(0, (0.5, 0.1), (0.1, 0.09)), layer(1, (0.4, 0.2), (0.39, 0.19))]
+    costs = [[one.cost[head] for head, one in enumerate(row)] for row in choose(layers, 0.3)]
+    assert costs == [[0.6, 0.2], [0.2, 0.2]]
+    assert {one.cost[0] for row in choose(layers, 0.6) for one in row} == {0.6}
+    with pytest.raises(ValueError, match=r"the cheapest results cost 0.200, more than budget=0.1"):
+        choose(layers, 0.1)
+
+
+def test_levels_are_searched_and_shared_out_over_all_layers(model):
+    candidates = CANDIDATES[:1]
+    levels = search(model, candidates=candidates, levels=(0.8, 1.2))
+    chosen = choose(levels.layers, BUDGET)
+    cost = np.array([[one.cost[head] for head, one in enumerate(row)] for row in chosen])
+    assert cost.mean() <= BUDGET
+    assert cost.max() > BUDGET
+    assert levels.patterns.layers == tuple(tuple(one.patterns[h] for h, one in enumerate(row)) for row in chosen)
+    assert len(levels.layers[0].candidates) == 2
 
 
 def test_generated_prompts_fill_the_length_and_ask_for_a_key_that_is_there(model):
