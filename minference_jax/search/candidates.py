@@ -28,8 +28,8 @@ DEFAULT_CANDIDATES: tuple[HeadPattern, ...] = (
     VerticalSlash(vertical_size=3000, slash_size=200),
     BlockSparse(num_blocks=100),
 )
-"""Those of arXiv 2407.02490 and the default pattern, for the gap between their proportions. Only proportions count: each
-is made smaller or larger until it costs the budget."""
+"""Those of arXiv 2407.02490 and the default pattern, for the gap between their proportions, which are all that counts:
+each is made smaller or larger until it costs the budget."""
 
 _LEAST = {"vertical_size": MIN_VERTICALS, "slash_size": MIN_SLASHES}  # smaller ones run as these
 
