@@ -66,7 +66,10 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
     assert json.loads(out)["pattern"] == "out.json"
 
 
-def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["new", "overwrite"])
+def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, tmp_path, more):
+    if more:
+        (tmp_path / "out.json").write_text("an older answer")
     def stops(*args, finished, **options):
         def first_only(layer):
             finished(layer)
@@ -76,12 +79,12 @@ def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, t
 
     with monkeypatch.context() as patch:
         patch.setattr(search_command, "search_patterns", stops)
-        code, out, err = run(SEARCH)
+        code, out, err = run(SEARCH, *more)
     assert code == 130
     assert out.startswith("layer   0: ")
     assert err == "interrupted: the same command goes on behind the last finished layer\n"
     assert not (tmp_path / "out.json").exists()
-    code, out, err = run(SEARCH, "--progress")
+    code, out, err = run(SEARCH, "--progress", *more)
     assert code == 0
     assert out.startswith("layer   1: ")
     assert "layer 1, a_shape" in err

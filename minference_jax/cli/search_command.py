@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     texts = None if arguments.prompt_file is None else [read_text(name) for name in arguments.prompt_file]
     model = load_model(arguments)
     prompts = _prompts(model, arguments, texts)
-    if arguments.overwrite:
-        output.unlink(missing_ok=True)
+    if arguments.overwrite and output.exists():  # where it does not, an interrupted search with --overwrite goes on
         journal.unlink(missing_ok=True)
+        output.unlink()
     try:
         with StepsDone(wants_bars(arguments.progress)) as progress:
             found = search_patterns(
