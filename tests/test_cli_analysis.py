@@ -70,6 +70,7 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
 def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, tmp_path, more):
     if more:
         (tmp_path / "out.json").write_text("an older answer")
+
     def stops(*args, finished, **options):
         def first_only(layer):
             finished(layer)

@@ -25,7 +25,9 @@ def add_search(commands: Any) -> None:
     )
     parser.set_defaults(module="search_command", pattern=None, attention="minference", max_new_tokens=0)
     parser.add_argument("output", metavar="OUTPUT", help="the new pattern file; OUTPUT.journal keeps what was compared")
-    parser.add_argument("--overwrite", action="store_true", help="where OUTPUT exists, remove it and its journal, and begin anew")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="where OUTPUT exists, remove it and its journal, and begin anew"
+    )
     parser.add_argument("--published", metavar="FILE", help="write the result in the published format, too")
     add_model(parser)
     _add_calibration(parser)
