@@ -18,6 +18,7 @@ def updated() -> str:
     text = with_block(text, "results", attention_table(read(results / "attention.jsonl")))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
+    text = with_block(text, "search", search_table(read(results / "search.jsonl")))
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
 
 
@@ -66,6 +67,32 @@ def full_size_table(records: list[dict[str, Any]]) -> str:
     ruler = "| --- | --- | --- | --- | --- | --- |"
     prefills = next(one for one in reversed(rows) if one["pattern"])
     note = f"Random bfloat16 weights; prefill of {prefills['length']:,} tokens, the pattern {prefills['pattern']}."
+    return "\n".join([head, ruler, *lines, "", f"{note} {_where(rows)}"])
+
+
+def search_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: for each run what was searched beside uniform patterns, with density and error on unseen prompts."""
+    runs: dict[tuple, list[dict[str, Any]]] = {}
+    for one in records:
+        runs.setdefault((one["device"], one["commit"], one["jax"]), []).append(one)
+    return "\n\n".join(map(_search_run, runs.values()))
+
+
+def _search_run(rows: list[dict[str, Any]]) -> str:
+    prompts = list(dict.fromkeys(one["case"].partition(", unseen ")[2] for one in rows))
+    found = {tuple(one["case"].split(", unseen ")): one for one in rows}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [f"{found[name, prompt]['density']:.3f} | {found[name, prompt]['error']:.4f}" for prompt in prompts]
+        sizes = found[name, prompts[0]]["pattern"]
+        lines.append(f"| {name if sizes is None else f'{name}: `{sizes}`'} | {' | '.join(cells)} |")
+    head = f"| patterns | {' | '.join(f'{prompt}: density | error' for prompt in prompts)} |"
+    ruler = f"| --- |{' --- | --- |' * len(prompts)}"
+    note = (
+        f"SmolLM2-135M-Instruct at {max(one['length'] for one in rows):,} tokens, prompts that the search did not see. "
+        f"The error is that of a layer's attention output, relative to dense, mean over the layers. On the calibration "
+        f"prompts, key-value retrieval and a part of Python's manual, all but the default cost the same."
+    )
     return "\n".join([head, ruler, *lines, "", f"{note} {_where(rows)}"])
 
 

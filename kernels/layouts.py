@@ -283,3 +283,34 @@ def layout_mask(
 
     over_heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, 0, None, None))
     return jax.vmap(over_heads)(*layout, q_offset, kv_len)
+
+
+def tile_mask(
+    layout: SparseLayout, tile: Array, q_offset: Array, kv_len: Array, kv_capacity: int, tiles: TileConfig
+) -> Array:
+    """The rows of ``layout_mask`` that belong to one query tile, in memory linear in S.
+
+    Args:
+      layout: of B sequences and N heads.
+      tile: int32 [], index of the query tile.
+      q_offset: int32 [B]. kv_len: int32 [B]. kv_capacity: S. tiles: the sizes of the layout.
+
+    Returns:
+      bool [B, N, block_q, S].
+    """
+    keys, in_block = (jnp.arange(n, dtype=jnp.int32) for n in (kv_capacity, tiles.block_kv))
+
+    def mark(starts: Array, count: Array, width: Array) -> Array:  # bool [S]: keys [start, start + width) of a list
+        index = jnp.where((jnp.arange(starts.size) < count)[:, None], starts[:, None] + width, FAR)
+        return jnp.zeros(kv_capacity, bool).at[jnp.where(index < 0, FAR, index)].set(True, mode="drop")
+
+    def one(offsets, offset_count, columns, column_count, window, ids, id_counts, offset, length):
+        start = offset + tile * tiles.block_q
+        position = (start + jnp.arange(tiles.block_q, dtype=jnp.int32))[:, None]
+        slash = mark(start + offsets, offset_count, in_block) & (position - keys < window)
+        listed = mark(jnp.minimum(ids[tile], FAR // tiles.block_kv) * tiles.block_kv, id_counts[tile], in_block)
+        column = mark(columns, column_count, jnp.zeros(1, jnp.int32))
+        return (slash | listed | column) & (keys <= position) & (keys < length) & (position < length)
+
+    over_heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, 0, None, None))
+    return jax.vmap(over_heads)(*layout, q_offset, kv_len)

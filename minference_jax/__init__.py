@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minference_jax.convert.checkpoint import convert_model, load_parameters
     from minference_jax.convert.export import export_model
     from minference_jax.generate import LanguageModel
+    from minference_jax.inspection import Inspection, inspect_attention
     from minference_jax.loading import load
     from minference_jax.patterns import (
         DEFAULT_PATTERN,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         uniform_patterns,
         write_patterns,
     )
+    from minference_jax.search import SearchResult, retrieval_prompt, search_patterns
     from minference_jax.tile_table import TileTable, read_tiles
 
     __version__: str
@@ -43,10 +45,12 @@ __all__ = [
     "BlockSparse",
     "Dense",
     "HeadPattern",
+    "Inspection",
     "LanguageModel",
     "ModelPatterns",
     "PatternArrays",
     "PatternKind",
+    "SearchResult",
     "TileTable",
     "VerticalSlash",
     "__version__",
@@ -55,11 +59,14 @@ __all__ = [
     "convert_model",
     "dense_attention",
     "export_model",
+    "inspect_attention",
     "load",
     "load_parameters",
     "read_patterns",
     "read_tiles",
     "resolve_patterns",
+    "retrieval_prompt",
+    "search_patterns",
     "sparse_attention",
     "uniform_patterns",
     "vertical_slash_attention",
@@ -67,16 +74,21 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Inspection": "inspection",
     "LanguageModel": "generate",
+    "SearchResult": "search",
     "TileTable": "tile_table",
     "a_shape_attention": "attention",
     "block_sparse_attention": "attention",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
     "export_model": "convert.export",
+    "inspect_attention": "inspection",
     "load": "loading",
     "load_parameters": "convert.checkpoint",
     "read_tiles": "tile_table",
+    "retrieval_prompt": "search",
+    "search_patterns": "search",
     "sparse_attention": "attention",
     "vertical_slash_attention": "attention",
 }  # every other name is in patterns

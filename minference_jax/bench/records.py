@@ -29,7 +29,8 @@ mass; ratio = ms / baseline_ms. tflops_kept is the work of the kept tiles over k
 tflops_baseline that of causal attention over baseline_ms. lists: "constructed", or "activations" = estimated from saved
 ones; null = constructed. tiles: queries x keys x warps x stages. error: the largest absolute in float32, the relative
 Frobenius norm over a query tile in half precision; in suite "models" the largest difference of logits over the largest
-logit. peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
+logit. In suite "search" it is that of a layer's attention output relative to dense attention's, mean over the layers.
+peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
 process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
 """
 

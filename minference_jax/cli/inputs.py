@@ -100,17 +100,24 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         ValueError: it is empty or not UTF-8.
         OSError: the file can't be read.
     """
-    text = arguments.prompt
-    if text is None:
-        name = arguments.prompt_file
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{'standard input' if name == '-' else name} is not UTF-8 text: {error}") from None
+    text = read_text(arguments.prompt_file) if arguments.prompt is None else arguments.prompt
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text
+
+
+def read_text(name: str) -> str:
+    """The text of a file; "-" = standard input.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: the file can't be read.
+    """
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{'standard input' if name == '-' else name} is not UTF-8 text: {error}") from None
 
 
 def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace) -> Prompt:
@@ -131,9 +138,12 @@ def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace
     tokens = model.encode_chat(text) if is_chat else model.encode(text)
     needed, most = len(tokens) + arguments.max_new_tokens, model.config.max_length
     if needed > most:
+        answer = (
+            f" and the answer up to {arguments.max_new_tokens}: {needed} in all" if arguments.max_new_tokens else ""
+        )
         raise ValueError(
-            f"the prompt has {len(tokens)} tokens and the answer up to {arguments.max_new_tokens}: {needed} in all, "
-            f"{model_name(arguments)} has room for {most}; --max-prompt-tokens N keeps the first N tokens of the text"
+            f"the prompt has {len(tokens)} tokens{answer}, {model_name(arguments)} has room for {most}; "
+            f"--max-prompt-tokens N keeps the first N tokens of the text"
         )
     model.check_room([len(tokens)], arguments.max_new_tokens)
     return Prompt(tokens, is_chat)

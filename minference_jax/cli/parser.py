@@ -46,6 +46,8 @@ class Version(argparse.Action):
 
 def build_parser(program: str) -> Parser:
     """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
+    from minference_jax.cli.analysis_parser import add_inspect, add_search  # it has this module's options
+
     parser = Parser(prog=program, description="Prefill of long prompts with sparse attention (MInference) in JAX.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -54,6 +56,8 @@ def build_parser(program: str) -> Parser:
     _add_convert(commands)
     _add_export(commands)
     _add_patterns(commands)
+    add_search(commands)
+    add_inspect(commands)
     _add_bench(commands)
     _add_autotune(commands)
     return parser
@@ -66,9 +70,9 @@ def _add_prefill(commands: Any) -> None:
         description="Read one prompt with dense and with the chosen attention: times, density, and whether they agree.",
     )
     parser.set_defaults(module="prefill_command")
-    _add_model(parser)
-    _add_prompt(parser)
-    _add_attention(parser)
+    add_model(parser)
+    add_prompt(parser)
+    add_attention(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="tokens to compare (32)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
@@ -79,9 +83,9 @@ def _add_generate(commands: Any) -> None:
         "generate", help="answer a prompt, as text that streams", description="Answer one prompt; the text streams."
     )
     parser.set_defaults(module="generate_command")
-    _add_model(parser)
-    _add_prompt(parser)
-    _add_attention(parser)
+    add_model(parser)
+    add_prompt(parser)
+    add_attention(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="most tokens to make (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest token (0)")
     parser.add_argument(
@@ -108,7 +112,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--patterns", metavar="PATH", help=f"patterns to store with the weights: {PATTERN_HELP}")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DESTINATION")
-    _add_progress(parser)
+    add_progress(parser)
 
 
 def _add_export(commands: Any) -> None:
@@ -121,7 +125,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder that convert has written")
     parser.add_argument("destination", metavar="DESTINATION", help="the new Hugging Face folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it as they are in the checkpoint")
-    _add_progress(parser)
+    add_progress(parser)
 
 
 def _add_patterns(commands: Any) -> None:
@@ -190,13 +194,15 @@ def _add_autotune(commands: Any) -> None:
     )
 
 
-def _add_model(parser: Parser) -> None:
+def add_model(parser: Parser) -> None:
+    """Adds the options that choose a model."""
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
-    _add_progress(parser)
+    add_progress(parser)
 
 
-def _add_progress(parser: Parser) -> None:
+def add_progress(parser: Parser) -> None:
+    """Adds --progress."""
     parser.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,
@@ -204,7 +210,8 @@ def _add_progress(parser: Parser) -> None:
     )
 
 
-def _add_prompt(parser: Parser) -> None:
+def add_prompt(parser: Parser) -> None:
+    """Adds the options that give a prompt."""
     group = parser.add_argument_group("prompt")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", metavar="TEXT", help="the prompt")
@@ -214,14 +221,16 @@ def _add_prompt(parser: Parser) -> None:
     group.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
 
 
-def _add_attention(parser: Parser) -> None:
+def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES) -> None:
+    """Adds the options that choose an attention, of those named, and its sizes."""
+    auto = "auto: the same where the prompt is long enough for it to pay, and dense where it is not; "
     group = parser.add_argument_group("attention")
     group.add_argument(
         "--attention",
-        choices=ATTENTION_NAMES,
+        choices=choices,
         default="minference",
-        help="minference: each head by its pattern; auto: the same where the prompt is long enough for it to pay, and "
-        "dense where it is not; else the same for every head (minference)",
+        help=f"minference: each head by its pattern; {auto if 'auto' in choices else ''}else the same for every head "
+        "(minference)",
     )
     group.add_argument(
         "--pattern", metavar="PATH", help=f"patterns for minference, instead of the model's own: {PATTERN_HELP}"

@@ -119,6 +119,40 @@ class Steps:
         yield
         self._bar.update()
 
+    def jump(self, done: int, name: str) -> None:
+        """Counts so many as done, and shows the name of the next."""
+        self._bar.set_description(name, refresh=False)
+        self._bar.update(done - self._bar.n)
+        self._bar.refresh()
+
     def _tick(self) -> None:
         while not self._over.wait(_TICK_SECONDS):
             self._bar.refresh()
+
+
+class StepsDone:
+    """A progress callback that draws one bar over steps that somebody else counts; its clock runs on inside a step.
+
+    Args:
+        shown: whether to draw at all.
+    """
+
+    def __init__(self, shown: bool):
+        self._shown = shown
+        self._steps: Steps | None = None
+
+    def __enter__(self) -> StepsDone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._steps is not None:
+            self._steps.__exit__(kind, error, trace)
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """Steps done, steps in all, and what comes next."""
+        if self._steps is None:
+            self._steps = Steps(total, self._shown)
+            self._steps.__enter__()
+        self._steps.jump(done, name)

@@ -79,14 +79,11 @@ class Decoder(nnx.Module):
         config, (batch, count) = self.config, tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), count, jnp.int32)
-        positions = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
-        rope, size = config.rope, config.rope.rotary_dim(config.head_dim)
-        cos, sin = rotation_angles(rope, size, config.max_position_embeddings, positions, cache.length + lengths)
         x, cache, aux = run_layers(
             self.layers,
             self.embed(tokens),
             cache,
-            rotate=lambda heads: rotate(heads, cos, sin, interleaved=rope.interleaved),
+            rotate=self._rotation(count, cache.length, cache.length + lengths),
             attend=attend,
             layer_inputs=layer_inputs,
             lengths=lengths,
@@ -97,6 +94,44 @@ class Decoder(nnx.Module):
             return self.embed.logits(x), cache, aux
         out = jnp.matmul(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
         return out, cache, aux
+
+    def run_layer(
+        self, index: int | jax.Array, x: jax.Array, lengths: jax.Array, attend: Attend, layer_input: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Runs one layer over whole prompts, without a cache: to look at layers one at a time.
+
+        Args:
+            index: which layer, from 0; an int32 [] may be traced.
+            x: hidden states [B, T, D] before it; `embed(tokens)` before the first.
+            lengths: int32 [B], true number of tokens in each row; rows beyond are padding.
+            attend: how to attend.
+            layer_input: what it is given; None = nothing.
+
+        Returns:
+            hidden states [B, T, D] behind it, and what `attend` returned beside its output.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if isinstance(index, int) and not 0 <= index < self.config.num_layers:
+            raise ValueError(f"layer {index} is not one of 0 to {self.config.num_layers - 1}")
+        graph, parameters = nnx.split(self.layers)
+        layer = nnx.merge(graph, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), parameters))
+        start = jnp.zeros_like(lengths)
+
+        def attend_prompt(q, k, v):
+            scale = self.config.head_dim**-0.5
+            return attend(q, k, v, layer_input, scale=scale, q_offset=start, kv_len=lengths)
+
+        return layer(x, self._rotation(x.shape[1], start, lengths), attend_prompt)
+
+    def _rotation(self, count: int, start: jax.Array, lengths: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """What turns queries and keys of `count` tokens from position `start` [B] on, `lengths` [B] tokens in all."""
+        config, rope = self.config, self.config.rope
+        positions = start[:, None] + jnp.arange(count, dtype=jnp.int32)
+        size = rope.rotary_dim(config.head_dim)
+        cos, sin = rotation_angles(rope, size, config.max_position_embeddings, positions, lengths)
+        return lambda heads: rotate(heads, cos, sin, interleaved=rope.interleaved)
 
 
 def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

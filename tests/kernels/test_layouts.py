@@ -13,6 +13,7 @@ from minference_jax.kernels.layouts import (
     layout_mask,
     make_dense,
     slash_offsets,
+    tile_mask,
 )
 from minference_jax.kernels.tiles import TileConfig
 
@@ -136,3 +137,17 @@ def test_make_dense_keeps_everything_for_the_marked_heads_only():
 def test_tile_sizes_that_kernels_cannot_use_are_refused(sizes):
     with pytest.raises(ValueError, match="must be a"):
         TileConfig(**sizes)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("q_offset", [0, 128])
+def test_the_mask_of_a_tile_is_its_rows_of_the_whole(tiles, q_offset):
+    q_len, kv_len = 200, 300
+    blocks = [[tile // 2, tile // 2 + 1] for tile in range(-(-q_len // tiles.block_q))]
+    options = {"columns": [0, 3, 250], "blocks": blocks, "window": 90, "q_len": q_len, "tiles": tiles}
+    layout = layout_of([0, 1, 70, 260], **options)
+    whole = mask_of(layout, q_offset, kv_len, q_len, tiles)
+    for tile in range(len(blocks)):
+        found = tile_mask(layout, jnp.int32(tile), jnp.array([q_offset]), jnp.array([kv_len]), SIZE, tiles)
+        rows = whole[tile * tiles.block_q : (tile + 1) * tiles.block_q]
+        np.testing.assert_array_equal(np.asarray(found)[0, 0, : len(rows)], rows)

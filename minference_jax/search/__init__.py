@@ -1,0 +1,22 @@
+"""Offline search: the pattern of every head of a model, among candidates of equal cost the one nearest to dense.
+
+search: the search itself, over candidates (kinds and proportions), budget (sizes of equal cost), journal (what makes
+it resumable) and calibration (prompts, where the user has none).
+"""
+
+from minference_jax.search.calibration import CALIBRATION_LENGTH, retrieval_prompt
+from minference_jax.search.candidates import DEFAULT_CANDIDATES
+from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, choose
+from minference_jax.search.search import DEFAULT_BUDGET, search_patterns
+
+__all__ = [
+    "CALIBRATION_LENGTH",
+    "DEFAULT_BUDGET",
+    "DEFAULT_CANDIDATES",
+    "CandidateResult",
+    "LayerResult",
+    "SearchResult",
+    "choose",
+    "retrieval_prompt",
+    "search_patterns",
+]

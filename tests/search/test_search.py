@@ -1,0 +1,308 @@
+"""The search on a small model: what it finds is what runs, it goes on where it stopped, and it keeps its answer."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import oracle_implementation
+from small_models import NUM_HEADS, NUM_LAYERS, write_model
+
+from minference_jax import (
+    AShape,
+    BlockSparse,
+    Dense,
+    VerticalSlash,
+    implementations,
+    load,
+    read_patterns,
+    retrieval_prompt,
+    search_patterns,
+    write_patterns,
+)
+from minference_jax.analysis import LayerActivations, head_densities, read_layers, settings_for
+from minference_jax.attention import dense_attention
+from minference_jax.kernels import reference
+from minference_jax.search.results import CandidateResult, LayerResult, choose
+from minference_jax.search.search import _Search
+
+BUDGET = 0.7
+CANDIDATES = (
+    AShape(sink_size=1, window_size=4),
+    VerticalSlash(vertical_size=4, slash_size=1),
+    BlockSparse(num_blocks=10),
+)
+RNG = np.random.default_rng(7)
+PROMPTS = [RNG.integers(0, 256, 500).tolist(), RNG.integers(0, 256, 490).tolist()]
+ORACLE = oracle_implementation()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _with_oracle():
+    """The oracle stands first, so that it is taken where none is named: the kernels have a suite of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementations, "IMPLEMENTATIONS", (ORACLE, *implementations.IMPLEMENTATIONS))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "hf")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)
+
+
+def search(model, **changes):
+    return search_patterns(model, PROMPTS, **({"budget": BUDGET, "candidates": CANDIDATES} | changes))
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return search(model)
+
+
+def test_every_candidate_of_every_head_costs_the_budget_at_most(found):
+    assert [layer.layer for layer in found.layers] == list(range(NUM_LAYERS))
+    for layer in found.layers:
+        assert [one.candidate for one in layer.candidates] == list(CANDIDATES)
+        for one in layer.candidates:
+            assert len(one.patterns) == NUM_HEADS
+            assert all(type(pattern) is type(one.candidate) for pattern in one.patterns)
+            assert one.cost == one.density  # the tiles, by default
+            assert max(one.cost) <= BUDGET
+            assert min(one.cost) > 0.8 * BUDGET
+
+
+def test_the_answer_is_the_candidate_of_least_error_exactly_as_it_was_compared(found):
+    assert (found.patterns.score_name, found.patterns.score_direction) == ("relative_output_error", "lower_is_better")
+    for index, layer in enumerate(found.layers):
+        for head in range(NUM_HEADS):
+            best = min(layer.candidates, key=lambda one: one.error[head])
+            assert found.patterns.layers[index][head] == best.patterns[head]
+            assert found.patterns.scores[index][head] == best.error[head]
+
+
+def test_what_runs_costs_what_the_search_said(model, found):
+    heads = [one.density[head] for head, one in enumerate(choose(found.layers[:1], BUDGET)[0])]
+    ran = [np.asarray(model.prefill(prompt, pattern=found.patterns).density)[0, 0] for prompt in PROMPTS]
+    np.testing.assert_allclose(np.mean(ran, axis=0), heads, rtol=1e-6)  # layer 0 reads the same in both
+
+
+def test_errors_are_those_of_the_oracle(model, found):
+    """Masked attention with the whole matrix in memory, on the second layer's activations, of an A-shape."""
+    layers = list(read_layers(model, PROMPTS))[1]
+    result = found.layers[1].candidates[0]
+    wrong, whole = np.zeros(NUM_HEADS), np.zeros(NUM_HEADS)
+    for x in layers:
+        length = int(x.kv_len[0])
+        q, k, v = (array[:, :length] for array in (x.q, x.k, x.v))
+        i, j = np.mgrid[:length, :length]
+        shapes = [((i - j < p.window_size) | (j < p.sink_size)) & (j <= i) for p in result.patterns]
+        masks = [jnp.asarray(np.stack(rows))[None] for rows in (shapes, [j <= i] * NUM_HEADS)]
+        out, dense = (np.asarray(reference.attention(q, k, v, mask, scale=8**-0.5)[0], np.float64) for mask in masks)
+        wrong += np.square(out - dense).sum(axis=(0, 1, 3))
+        whole += np.square(dense).sum(axis=(0, 1, 3))
+    np.testing.assert_allclose(result.error, np.sqrt(wrong / whole), rtol=1e-3)
+
+
+def planted():
+    """Four heads of known structure: two attend 300 tokens back, two to a block of 64 keys that is each tile's own."""
+    length, size = 512, 8
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((length, size))
+    directions *= 30 / np.linalg.norm(directions, axis=1, keepdims=True)
+    blocks, tile = 30 * np.eye(size), np.arange(length) // 64
+    q, k = np.zeros((1, length, 4, size)), np.zeros((1, length, 2, size))
+    k[0, :-300, 0], k[0, -300:, 0] = directions[300:], directions[:300]
+    q[0, :, :2] = np.concatenate([k[0, :300, 0], directions[300:]])[:, None]  # the first ones have nothing so far back
+    q[0, :, 2:], k[0, :, 1] = blocks[np.array([0, 0, 1, 0, 2, 1, 3, 2])[tile]][:, None], blocks[tile]
+    v = rng.standard_normal((1, length, 2, size))
+    # On a device that is named, as a model's weights are: programs are shared with the other tests.
+    q, k, v = (jax.device_put(x.astype(np.float32), jax.devices()[0]) for x in (q, k, v))
+    kv_len = jax.device_put(np.array([length], np.int32), jax.devices()[0])
+    return LayerActivations(q, k, v, dense_attention(q, k, v), None, kv_len)
+
+
+def test_heads_of_known_structure_get_the_pattern_that_fits(model):
+    candidates = (CANDIDATES[0], VerticalSlash(vertical_size=30, slash_size=400), CANDIDATES[2])
+    run = _Search(candidates=candidates, budgets=(0.8,), cost="tiles", settings=settings_for(model), size=512)
+    layer = LayerResult(0, tuple(run.compare(0, [planted()], one, 0.8) for one in candidates), (1.0,) * NUM_HEADS)
+    assert [type(one.candidate) for one in choose([layer], 0.8)[0]] == [VerticalSlash] * 2 + [BlockSparse] * 2
+    errors = np.array([one.error for one in layer.candidates])
+    assert errors[1, 0] < 0.2 * np.delete(errors[:, 0], 1).min()
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def interrupted(layer):
+    raise _Interrupted
+
+
+def test_an_interrupted_search_goes_on_behind_the_last_finished_layer(model, found, tmp_path):
+    journal, searched = tmp_path / "journal", []
+    with pytest.raises(_Interrupted):
+        search(model, journal=journal, finished=interrupted)
+    with journal.open("a") as file:  # the next line was being written
+        file.write('{"layer": 1, "candid')
+    again = search(model, journal=journal, finished=lambda layer: searched.append(layer.layer))
+    assert searched == [1]
+    assert again == found
+    assert search(model, journal=journal, finished=interrupted) == found  # nothing is left to do
+    assert len(journal.read_text().splitlines()) == 1 + NUM_LAYERS
+
+
+@pytest.fixture
+def journal(model, found, tmp_path):
+    """That of a finished search, without running it again."""
+    path = tmp_path / "journal"
+    with pytest.raises(_Interrupted):
+        search(model, journal=path, finished=interrupted, candidates=CANDIDATES[:1])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "sentence"),
+    [
+        (0, "[1]", "line"),
+        (0, '{"format": "other"}', 'without "format": "minference-jax/search" in its first line'),
+        (1, '{"layer": 0, "candidates": [{}]}', "line 2: it is not what a search writes"),
+        (1, '{"layer": 7}', "line 2: layer=7 must be 0"),
+        (1, "{", "line 2: not JSON"),
+    ],
+)
+def test_a_damaged_or_foreign_journal_is_refused(model, journal, line, text, sentence):
+    lines = journal.read_text().splitlines()
+    lines[line] = text
+    journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="journal: ") as error:
+        search(model, journal=journal, candidates=CANDIDATES[:1])
+    assert sentence in str(error.value) or line == 0
+
+
+def test_a_journal_of_another_search_or_of_other_weights_is_refused(model, journal, tmp_path):
+    with pytest.raises(ValueError, match=r"a search with other settings \(budgets\)"):
+        search(model, journal=journal, candidates=CANDIDATES[:1], budget=0.6)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[1]["output_norms"][0] *= 1.5
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="layer 0 gives other outputs than when the search began"):
+        search(model, journal=journal, candidates=CANDIDATES[:1])
+
+
+def test_answers_are_written_as_they_are_in_both_formats(found, tmp_path):
+    write_patterns(found.patterns, tmp_path / "ours.json")
+    assert read_patterns(tmp_path / "ours.json") == found.patterns
+    write_patterns(found.patterns, tmp_path / "published.json", format="published")
+    published = read_patterns(tmp_path / "published.json")
+    assert (published.layers, published.scores) == (found.patterns.layers, found.patterns.scores)
+
+
+def test_time_as_cost_is_measured_and_moves_the_tiles(model, monkeypatch):
+    """Heads are said to take half as long again as their tiles: fewer tiles fit."""
+    module = "minference_jax.search.search"
+    settings = settings_for(model)
+    run = _Search(candidates=CANDIDATES, budgets=(BUDGET,), cost="time", settings=settings, size=512)
+    layers = next(iter(read_layers(model, PROMPTS[:1])))
+    monkeypatch.setattr(f"{module}.dense_milliseconds", lambda layer: float(NUM_HEADS))
+    monkeypatch.setattr(
+        f"{module}.head_milliseconds",
+        lambda layer, sizes, settings: 1.5 * np.asarray(head_densities(layer, sizes, settings)),
+    )
+    result = run.compare(0, layers, CANDIDATES[0], BUDGET)
+    np.testing.assert_allclose(result.cost, 1.5 * np.array(result.density), rtol=1e-6)
+    assert max(result.density) <= 1.05 * BUDGET / 1.5  # nearer than that a measurement is not met
+    by_tiles = _Search(candidates=CANDIDATES, budgets=(BUDGET,), cost="tiles", settings=settings, size=512)
+    assert min(by_tiles.compare(0, layers, CANDIDATES[0], BUDGET).density) > max(result.density)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budget": 0}, "budget=0 must be above 0 and below 1"),
+        ({"budget": 1.0}, "budget=1.0 must be above 0 and below 1"),
+        ({"budget": float("nan")}, "must be above 0 and below 1"),
+        ({"levels": ()}, "must be different multiples of budget=0.7"),
+        ({"levels": (1, 2)}, "each above 0 and below 1"),
+        ({"levels": (1, 1)}, "must be different multiples"),
+        ({"cost": "flops"}, 'must be "tiles" or "time"'),
+        ({"candidates": ()}, "at least one candidate is needed"),
+        ({"candidates": (Dense(),)}, "must be a VerticalSlash"),
+        ({"slash_granularity": "dot"}, 'must be "line" or "block"'),
+        ({"implementation": "abacus"}, "is not one of"),
+        ({"budget": 0.1, "candidates": CANDIDATES[1:2]}, "layer 0, head 0: every candidate costs more than the budget"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(model, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        search(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ([], "at least one prompt is needed"),
+        ([[1], []], "prompt 1 must be a list of at least one token id"),
+        ([[1] * 600], "prompt 0 has 600 tokens, the model can read 512"),
+        ([[999]], "prompt 0 has token ids from 999"),
+    ],
+)
+def test_prompts_that_the_model_can_not_read_are_refused(model, prompts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        search_patterns(model, prompts)
+
+
+def result(candidate, errors, costs=None):
+    costs = tuple(None if error is None else 0.5 for error in errors) if costs is None else costs
+    patterns = tuple(None if error is None else candidate for error in errors)
+    return CandidateResult(candidate, 0.5, patterns, costs, costs, errors)
+
+
+def test_of_equal_errors_the_first_candidate_wins_and_heads_choose_for_themselves():
+    results = result(CANDIDATES[0], (0.5, 0.2, None)), result(CANDIDATES[1], (0.5, 0.1, 0.3))
+    (chosen,) = choose([LayerResult(3, results, (1.0,) * 3)], 0.5)
+    assert [one.candidate for one in chosen] == [CANDIDATES[0], CANDIDATES[1], CANDIDATES[1]]
+
+
+def test_with_several_levels_heads_that_gain_most_get_most_and_the_mean_keeps_the_budget():
+    def layer(index, cheap, dear):
+        results = [result(CANDIDATES[0], errors, (cost,) * 2) for errors, cost in ((cheap, 0.2), (dear, 0.6))]
+        return LayerResult(index, tuple(results), (1.0,) * 2)
+
+    layers = [layer(0, (0.5, 0.1), (0.1, 0.09)), layer(1, (0.4, 0.2), (0.39, 0.19))]
+    costs = [[one.cost[head] for head, one in enumerate(row)] for row in choose(layers, 0.3)]
+    assert costs == [[0.6, 0.2], [0.2, 0.2]]
+    assert {one.cost[0] for row in choose(layers, 0.6) for one in row} == {0.6}
+    with pytest.raises(ValueError, match=r"the cheapest results cost 0.200, more than budget=0.1"):
+        choose(layers, 0.1)
+
+
+def test_levels_are_searched_and_shared_out_over_all_layers(model):
+    candidates = CANDIDATES[:1]
+    levels = search(model, candidates=candidates, levels=(0.8, 1.2))
+    chosen = choose(levels.layers, BUDGET)
+    cost = np.array([[one.cost[head] for head, one in enumerate(row)] for row in chosen])
+    assert cost.mean() <= BUDGET
+    assert cost.max() > BUDGET
+    assert levels.patterns.layers == tuple(tuple(one.patterns[h] for h, one in enumerate(row)) for row in chosen)
+    assert len(levels.layers[0].candidates) == 2
+
+
+def test_generated_prompts_fill_the_length_and_ask_for_a_key_that_is_there(model):
+    prompt = retrieval_prompt(model, 400)
+    text = model.tokenizer.decode(prompt)
+    assert 400 - 100 < len(prompt) <= 400
+    object_ = json.loads(text[text.index("{") : text.index("}") + 1])
+    key = text.rpartition('the key "')[2].partition('"')[0]
+    assert key in object_
+    assert retrieval_prompt(model, 400) == prompt != retrieval_prompt(model, 400, seed=1)
+    assert len(retrieval_prompt(model)) <= model.config.max_length
+    with pytest.raises(ValueError, match="longer than the 512 that the model can read"):
+        retrieval_prompt(model, 513)
+    with pytest.raises(ValueError, match="no room for one pair"):
+        retrieval_prompt(model, 20)

@@ -1,0 +1,179 @@
+"""`minference-jax search` and `inspect`: what they print and write, and what they refuse."""
+
+import json
+import sys
+
+import pytest
+from oracle import oracle_implementation
+from small_models import NUM_HEADS, NUM_LAYERS, write_model
+
+from minference_jax import AShape, VerticalSlash, implementations, read_patterns, search_patterns
+from minference_jax.cli import main, search_command
+
+TEXT = "The quick brown fox jumps over the lazy dog while it rains on the plain. " * 6
+SEARCH = "search out.json --model MODEL --candidates a_shape:1,4 vertical_slash:4,1 --budget 0.75 --length 450"
+ORACLE = oracle_implementation()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _with_oracle():
+    """The oracle stands first, so that it is taken where none is named: the kernels have a suite of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementations, "IMPLEMENTATIONS", (ORACLE, *implementations.IMPLEMENTATIONS))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "hf")
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Runs the command line in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT[:430])
+    (tmp_path / "empty.txt").write_text(" ")
+
+    def runs(command, *more):
+        words = [str(model) if word == "MODEL" else word for word in (*command.split(), *more)]
+        code = main(words)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return runs
+
+
+def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp_path):
+    code, out, err = run(SEARCH, "--published", "published.json")
+    assert (code, err) == (0, "")
+    patterns = read_patterns(tmp_path / "out.json")
+    patterns.check(NUM_LAYERS, NUM_HEADS)
+    assert (patterns.model, patterns.score_direction) == (str(model), "lower_is_better")
+    assert read_patterns(tmp_path / "published.json").layers == patterns.layers
+    lines = out.splitlines()
+    for index in range(NUM_LAYERS):
+        assert lines[index].startswith(f"layer {index:3}: error ")
+    assert "a_shape 1 4" in out
+    assert lines[-1] == "written to out.json; what was compared is in out.json.journal"
+    code, out, err = run(SEARCH)
+    assert (code, out) == (2, "")
+    assert "out.json exists: name another file, or give --overwrite" in err
+    code, out, _ = run(f"{SEARCH} --overwrite --published published.json")
+    assert code == 0
+    assert out.splitlines()[:-1] == lines[:-1]
+    code, out, err = run("prefill --model MODEL --pattern out.json --prompt hello --repeats 1 --json")
+    assert json.loads(out)["pattern"] == "out.json"
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["new", "overwrite"])
+def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, tmp_path, more):
+    if more:
+        (tmp_path / "out.json").write_text("an older answer")
+
+    def stops(*args, finished, **options):
+        def first_only(layer):
+            finished(layer)
+            raise KeyboardInterrupt
+
+        return search_patterns(*args, finished=first_only, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_command, "search_patterns", stops)
+        code, out, err = run(SEARCH, *more)
+    assert code == 130
+    assert out.startswith("layer   0: ")
+    assert err == "interrupted: the same command goes on behind the last finished layer\n"
+    assert not (tmp_path / "out.json").exists()
+    code, out, err = run(SEARCH, "--progress", *more)
+    assert code == 0
+    assert out.startswith("layer   1: ")
+    assert "layer 1, a_shape" in err
+
+
+def test_search_takes_prompts_from_files(run, tmp_path):
+    (tmp_path / "more.txt").write_text(TEXT[5:420])
+    options = "search f.json --model MODEL --candidates a_shape:1,4 --budget 0.75 --prompt-file text.txt more.txt"
+    code, _, err = run(options, "--question", "Why?", "--max-prompt-tokens", "400")
+    assert (code, err) == (0, "")
+    header = json.loads((tmp_path / "f.json.journal").read_text().splitlines()[0])
+    asked = "\n\n---\n\nQuestion about the text above: Why?"
+    lengths = [len(f"[user] {text.rstrip()}{asked}>") for text in (TEXT[:400], TEXT[5:405])]
+    assert header["settings"]["prompt_lengths"] == lengths
+    assert {type(head) for row in read_patterns(tmp_path / "f.json").layers for head in row} == {AShape}
+
+
+INSPECT = "inspect --model MODEL --prompt-file text.txt --attention a_shape --sink-size 2 --window-size 70 --no-time"
+
+
+def test_inspect_gives_every_head_and_the_passages_as_json(run):
+    code, out, err = run(f"{INSPECT} --json --of 1,2 --passages 3 --passage-size 32")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert len(facts["heads"]) == NUM_LAYERS * NUM_HEADS
+    assert {"layer", "head", "pattern", "mass", "error", "density", "expected_ms"} == facts["heads"][0].keys()
+    assert all(0 < row["mass"] < 1 and row["density"] < 1 for row in facts["heads"])
+    assert facts["passages_of"] == {"layer": 1, "head": 2}
+    assert len(facts["passages"]) == 3
+    for passage in facts["passages"]:
+        assert passage["heads_reading"] == 0
+        assert passage["text"] in f"[user] {TEXT[:430]}>"
+        assert len(passage["text"]) == 32
+
+
+def test_inspect_prints_tables_and_draws(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+    code, out, err = run(f"{INSPECT} --heat-maps heads.png --head-map 1,3 head.png")
+    assert (code, err) == (0, "")
+    assert "passages that the whole model leaves out for the last queries" in out
+    assert "0 of 8" in out
+    for name in ("heads.png", "head.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    code, every, _ = run(f"{INSPECT} --heads")
+    assert every.count("a_shape 2 70") == NUM_LAYERS * NUM_HEADS
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("search", "the following arguments are required: OUTPUT"),
+        ("search out.json --budget 1", "'1' must be a number above 0 and below 1"),
+        ("search out.json --candidates diagonal:3", "must begin with one of a_shape, vertical_slash, block_sparse"),
+        ("search out.json --candidates a_shape:3", "must have sink_size and window_size behind the colon"),
+        ("search out.json --question Why?", "--question goes with --prompt-file"),
+        ("search out.json --prompt-file text.txt --seed 3", "--seed is for generated prompts"),
+        ("search out.json --prompt-file absent.txt", "absent.txt: No such file or directory"),
+        ("search out.json --model MODEL --prompt-file empty.txt", "empty.txt is empty"),
+        ("search nowhere/out.json", "nowhere is no folder"),
+        ("search text.txt", "text.txt exists"),
+        ("search out.json --model MODEL --length 999", "longer than the 512 that the model can read"),
+        (
+            "search out.json --model MODEL --budget 0.1 --candidates vertical_slash:4,1",
+            "every candidate costs more than the budget",
+        ),
+        ("inspect --prompt x --attention dense", "invalid choice: 'dense'"),
+        ("inspect --prompt x --model MODEL --of 2", "--of: layer 2 is not one of 0 to 1"),
+        ("inspect --prompt x --model MODEL --of 0,1,2", "must be LAYER or LAYER,HEAD"),
+        ("inspect --prompt x --head-map 3 head.png", "--head-map needs LAYER,HEAD and FILE"),
+        (f"inspect --model MODEL --prompt {'x' * 600}", "has room for 512"),
+    ],
+)
+def test_users_mistake_is_one_sentence_and_exit_code_2(run, command, sentence):
+    code, out, err = run(command)
+    assert (code, out) == (2, "")
+    assert err.startswith("minference-jax: error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_pictures_are_refused_before_anything_is_computed_where_they_can_not_be_drawn(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run("inspect --prompt x --model nowhere --heat-maps heads.png")
+    assert (code, out) == (2, "")
+    assert "pip install 'minference-jax[plots]'" in err
+
+
+def test_the_candidates_of_the_command_line_are_patterns():
+    from minference_jax.cli.analysis_parser import candidate
+
+    assert candidate("vertical_slash:30,2048") == VerticalSlash(vertical_size=30, slash_size=2048)
