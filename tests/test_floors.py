@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"minference_jax": "minference_jax", "kernels": "minference_jax.kernels", "convert": "minference_jax.convert"}
-FLOORS = {"cli": 6, "bench": 6, "loading": 5, "generate": 4, "convert": 4, "models": 3}
+FLOORS = {"cli": 6, "bench": 6, "evaluate": 6, "loading": 5, "generate": 4, "convert": 4, "models": 3}
 FLOORS |= {
     "attention": 2,
     "capacities": 2,
@@ -22,6 +22,8 @@ FLOORS |= {
 }
 SIBLINGS = {
     ("cli", "bench"),
+    ("cli", "evaluate"),
+    ("evaluate", "bench"),
     ("attention", "capacities"),
     ("attention", "implementations"),
     ("attention", "index"),

@@ -100,17 +100,24 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         ValueError: it is empty or not UTF-8.
         OSError: the file can't be read.
     """
-    text = arguments.prompt
-    if text is None:
-        name = arguments.prompt_file
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{'standard input' if name == '-' else name} is not UTF-8 text: {error}") from None
+    text = read_text(arguments.prompt_file) if arguments.prompt is None else arguments.prompt
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text
+
+
+def read_text(name: str) -> str:
+    """The text of a file; - = standard input.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it can't be read.
+    """
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{'standard input' if name == '-' else name} is not UTF-8 text: {error}") from None
 
 
 def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace) -> Prompt:

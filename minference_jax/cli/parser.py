@@ -46,6 +46,8 @@ class Version(argparse.Action):
 
 def build_parser(program: str) -> Parser:
     """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
+    from minference_jax.cli.evaluate_options import add_evaluate  # it takes its tools from here
+
     parser = Parser(prog=program, description="Prefill of long prompts with sparse attention (MInference) in JAX.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -56,6 +58,7 @@ def build_parser(program: str) -> Parser:
     _add_patterns(commands)
     _add_bench(commands)
     _add_autotune(commands)
+    add_evaluate(commands, _add_model)
     return parser
 
 
