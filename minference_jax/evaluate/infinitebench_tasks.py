@@ -69,8 +69,10 @@ def math_find(random: Random, units: int) -> Context:
     low, high = random.randint(0, 40), random.randint(60, 99)
     numbers = [random.randint(low, high) for _ in range(units)]
     ranked = sorted(set(numbers))
-    wanted = {f"{nth}{end} number": ranked[place] for end, places in _ENDS.items() for nth, place in places.items()}
-    wanted["median"] = float(median(numbers)) if median(numbers) % 1 else int(median(numbers))
+    wanted: dict[str, float] = {
+        f"{nth}{end} number": ranked[place] for end, places in _ENDS.items() for nth, place in places.items()
+    }
+    wanted["median"] = median(numbers)
 
     def ask(draw: Random) -> Mapping[str, Any]:
         name = draw.choice(list(wanted))

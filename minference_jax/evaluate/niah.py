@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from minference_jax.evaluate.samples import Question, Sample, check_counts, encoder, generator, most_that_fit
 from minference_jax.generate import LanguageModel
@@ -65,8 +66,7 @@ def niah_samples(
             random = generator(seed, "niah", length, turn, place)
             city, number = random.choice(CITIES), str(random.randint(1_000_000, 9_999_999))
 
-            def ask(sentences: int, hidden=(turned, ends, depth, city, number)) -> Question:
-                return _question(*hidden, sentences)
+            ask = partial(_question, turned, ends, depth, city, number)
 
             def tokens(sentences: int, ask=ask) -> int:
                 return len(encode(ask(sentences))) + MAX_NEW_TOKENS

@@ -126,7 +126,7 @@ def _recipe(task: str, length: int, essays: str | None, sources: dict[str, QaSou
         vocabulary = max(length // 50, 4)  # noise and the three words that are asked for
         return _Recipe(_alone(partial(ruler_words.frequent_words, vocabulary)), 50, 16)
     options = dict(_NEEDLES[task])
-    words = ruler_needles.key_words() if options.get("keys") != "uuids" else ()
+    words = () if options.get("keys") == "uuids" else tuple(map(ruler_needles.word_list, ("adjective", "noun")))
     prose: tuple[str, ...] = ()
     if options["haystack"] == "essay":
         if essays is None:

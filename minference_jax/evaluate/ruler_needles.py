@@ -31,7 +31,7 @@ def needles(
     units: int,
     *,
     haystack: str,
-    words: Sequence[str],
+    words: Sequence[Sequence[str]],
     prose: Sequence[str],
     keys: str = "words",
     values: str = "numbers",
@@ -45,7 +45,7 @@ def needles(
         random: what draws.
         units: lines, or words of prose.
         haystack: "noise", "needles" or "essay".
-        words: what keys are drawn from.
+        words: adjectives and nouns, of which keys are pairs.
         prose: words of the user's text.
         keys, values: "words", "numbers" or "uuids".
         num_keys, num_values, num_queries: keys hidden, values of each, and keys asked for.
@@ -53,7 +53,7 @@ def needles(
 
     def draw(kind: str) -> str:
         if kind == "words":
-            return random.choice(words)
+            return "-".join(map(random.choice, words))
         if kind == "numbers":
             return str(random.randint(10**6, 10**7 - 1))
         return str(uuid.UUID(int=random.getrandbits(128), version=4))
@@ -106,9 +106,3 @@ def word_list(*kinds: str) -> tuple[str, ...]:
             "RULER's words are those of the package wonderwords: pip install 'minference-jax[evaluate]'"
         ) from None
     return tuple(sorted({word for kind in kinds for word in RandomWord().filter(include_categories=[kind])}))
-
-
-@cache
-def key_words() -> tuple[str, ...]:
-    """Adjective-noun pairs, what needles are named by."""
-    return tuple(f"{adjective}-{noun}" for adjective in word_list("adjective") for noun in word_list("noun"))

@@ -106,10 +106,9 @@ def _sample(record: Mapping[str, Any]) -> tuple[str, int, int]:
 def _perplexities(group: Sequence[Mapping[str, Any]], confidence: float) -> list[dict[str, Any]]:
     rows = []
     for name, found in _by_attention(group).items():
-        ends, counts = found[0]["ends"], sum(np.asarray(record["counts"]) for record in found)
-        totals = {key: sum(np.asarray(record[key]) for record in found) for key in ("nll", "nll_squares")}
-        if name != "dense":
-            totals |= {key: sum(np.asarray(record[key]) for record in found) for key in ("above", "above_squares")}
+        ends, counts = found[0]["ends"], np.sum([record["counts"] for record in found], axis=0)
+        keys = ("nll", "nll_squares", *(("above", "above_squares") if name != "dense" else ()))
+        totals = {key: np.sum([record[key] for record in found], axis=0) for key in keys}
         places = [(None, slice(None)), *(([low, high], slice(i, i + 1)) for i, (low, high) in enumerate(_ranges(ends)))]
         for positions, place in places:
             of = {key: float(values[place].sum()) for key, values in totals.items()}

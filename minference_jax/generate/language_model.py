@@ -200,7 +200,8 @@ class LanguageModel:
             self.check_room([length], count)
         with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
             cache = extend_cache(prefilled.cache, bucket_length(int(lengths.max()) + padded.shape[1]))
-            return PrefillResult(*read_more(self._graph, self._state, padded, counts, cache), prefilled.density)
+            logits, cache = read_more(self._graph, self._state, padded, counts, cache)
+            return PrefillResult(logits, cache, prefilled.density)
 
     def _choose(self, length, attention, pattern, slash_granularity, implementation):
         """The pattern arrays [L, N] and the way to attend that a prefill of so many padded tokens asks for."""
@@ -256,7 +257,8 @@ class LanguageModel:
             if made + 1 == max_new_tokens:
                 return
             if cache is None:  # the steps donate it: this is a copy of the prompt's
-                cache = extend_cache(prefilled.cache, bucket_length(longest + max_new_tokens))
+                capacity = max(bucket_length(longest + max_new_tokens), prefilled.cache.capacity)
+                cache = extend_cache(prefilled.cache, capacity)
             logits, cache = _read_token(self._graph, self._state, token, cache)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
