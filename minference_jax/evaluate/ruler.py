@@ -126,7 +126,8 @@ def _recipe(task: str, length: int, essays: str | None, sources: dict[str, QaSou
         vocabulary = max(length // 50, 4)  # noise and the three words that are asked for
         return _Recipe(_alone(partial(ruler_words.frequent_words, vocabulary)), 50, 16)
     options = dict(_NEEDLES[task])
-    words = () if options.get("keys") == "uuids" else tuple(map(ruler_needles.word_list, ("adjective", "noun")))
+    kinds = () if options.get("keys") == "uuids" else ("adjective", "noun")
+    words = tuple(ruler_needles.word_list(kind) for kind in kinds)
     prose: tuple[str, ...] = ()
     if options["haystack"] == "essay":
         if essays is None:

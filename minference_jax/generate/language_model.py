@@ -177,9 +177,7 @@ class LanguageModel:
         return Scores(log_probs, greedy, None if found[2] is None else np.asarray(found[2][:, 0]))
 
     def extend(self, prefilled: PrefillResult, tokens: Tokens | Sequence[Tokens]) -> PrefillResult:
-        """Reads more tokens after those of a prefill, with dense attention over the whole cache, as decoding does.
-
-        Several questions about one context so share its prefill.
+        """Reads more tokens after a prefill's, such as each of several questions, with dense attention over the cache.
 
         Args:
             prefilled: from `prefill` or `extend`; it stays usable.
@@ -257,8 +255,8 @@ class LanguageModel:
             if made + 1 == max_new_tokens:
                 return
             if cache is None:  # the steps donate it: this is a copy of the prompt's
-                capacity = max(bucket_length(longest + max_new_tokens), prefilled.cache.capacity)
-                cache = extend_cache(prefilled.cache, capacity)
+                held = prefilled.cache.capacity
+                cache = extend_cache(prefilled.cache, max(held, bucket_length(longest + max_new_tokens)))
             logits, cache = _read_token(self._graph, self._state, token, cache)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
