@@ -41,20 +41,10 @@ _KINDS: dict[str, tuple[type[HeadPattern], tuple[str, ...]]] = {
     "vertical_slash": (VerticalSlash, ("vertical_size", "slash_size")),
     "block_sparse": (BlockSparse, ("num_blocks",)),
 }
-_SETTINGS = (  # what a sample depends on beside its task, length and number
-    *(
-        "dtype",
-        "seed",
-        "no_chat_template",
-        "text",
-        "depths",
-        "squad",
-        "hotpotqa",
-        "data",
-        "truncate_middle",
-        "questions",
-    ),
-)
+_SETTINGS = {  # what a sample depends on beside its task, length and number
+    *("dtype", "seed", "no_chat_template", "text", "depths", "template"),
+    *("squad", "hotpotqa", "data", "truncate_middle", "questions"),
+}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -66,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = None if getattr(arguments, "text", None) is None else read_text(arguments.text)
     model = load_model(arguments)
     settings = {"model": model_name(arguments), "benchmark": arguments.suite}
-    settings |= {name: getattr(arguments, name) for name in _SETTINGS if hasattr(arguments, name)}
+    settings |= {name: getattr(arguments, name) for name in sorted(_SETTINGS) if hasattr(arguments, name)}
     with tqdm(desc=arguments.suite, unit="answer", file=sys.stderr, disable=not wants_bars(arguments.progress)) as bar:
 
         def told(record: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ def add_evaluate(commands: Any, add_model: Callable[[Parser], None]) -> None:
     niah = _add_suite(suites, add_model, "niah", "a number hidden in prose, found or not, by depth and length")
     niah.add_argument("--text", metavar="FILE", required=True, help="prose (UTF-8) that haystacks are made of")
     niah.add_argument("--depths", type=positive, default=10, metavar="N", help="places of the needle (10)")
+    niah.add_argument("--template", metavar="FILE", help="a message with {context} and {question} (MInference's own)")
     _add_samples(niah, 1, "prompts for each length and depth")
     ruler = _add_suite(suites, add_model, "ruler", "RULER's tasks: retrieval, tracing, counting, questions")
     ruler.add_argument("--tasks", nargs="+", metavar="NAME", help="RULER's names (the six that need no file)")

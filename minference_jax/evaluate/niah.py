@@ -32,6 +32,7 @@ def niah_samples(
     depths: int = 10,
     rounds: int = 1,
     seed: int = 42,
+    template: str = TEMPLATE,
     chat: bool | None = None,
 ) -> Iterator[Sample]:
     """Needles in a haystack: for each length and round one prompt for each depth, filled with whole sentences.
@@ -43,16 +44,19 @@ def niah_samples(
         depths: number of needle places, evenly from before the first sentence to after the last.
         rounds: prompts for each length and depth, each with a city and a number of its own.
         seed: of cities and numbers.
+        template: what the user's message says, with {context} and {question}; MInference's own is hard on small models.
         chat: as in `minference_jax.evaluate.samples.encoder`.
 
     Raises:
-        ValueError: a count below 1, a text without sentences or shorter than the longest prompt, a length that not even
-            one sentence fits, a model without tokenizer.
+        ValueError: a count below 1, a template that lacks one of its two, a text without sentences or shorter than the
+            longest prompt, a length that not even one sentence fits, a model without tokenizer.
 
     Source: arXiv 2407.02490, section 4.2, and microsoft/MInference, experiments/needle_in_a_haystack: texts, number of
     new tokens and score; the haystack is the caller's, cut at sentences.
     """
     check_counts(depths=depths, rounds=rounds, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
+    if not {"{context}", "{question}"} <= set(re.findall(r"\{\w+\}", template)):
+        raise ValueError(f"{template=} must hold {{context}} and {{question}}")
     starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\u201d]*\s+", text))]
     if len(starts) < 2:
         raise ValueError("the haystack has no sentence: it needs prose whose sentences end in . ! or ?")
@@ -66,7 +70,7 @@ def niah_samples(
             random = generator(seed, "niah", length, turn, place)
             city, number = random.choice(CITIES), str(random.randint(1_000_000, 9_999_999))
 
-            ask = partial(_question, turned, ends, depth, city, number)
+            ask = partial(_question, turned, ends, depth, template, (city, number))
 
             def tokens(sentences: int, ask=ask) -> int:
                 return len(encode(ask(sentences))) + MAX_NEW_TOKENS
@@ -85,9 +89,13 @@ def niah_samples(
             )
 
 
-def _question(text: str, ends: Sequence[int], depth: float, city: str, number: str, sentences: int) -> Question:
+def _question(
+    text: str, ends: Sequence[int], depth: float, template: str, hidden: tuple[str, str], sentences: int
+) -> Question:
     """The needle at the sentence end that is nearest to its depth among the first sentences."""
     end = ends[sentences - 1]
     nearest = min((0, *ends[:sentences]), key=lambda place: abs(place - depth * end))
+    city, number = hidden
     context = text[:nearest] + NEEDLE.format(city=city, number=number) + text[nearest:end]
-    return Question((TEMPLATE.format(context=context, question=QUESTION.format(city=city)),), (number,))
+    message = template.replace("{question}", QUESTION.format(city=city)).replace("{context}", context)
+    return Question((message,), (number,))

@@ -127,13 +127,13 @@ def _recipe(task: str, length: int, essays: str | None, sources: dict[str, QaSou
         return _Recipe(_alone(partial(ruler_words.frequent_words, vocabulary)), 50, 16)
     options = dict(_NEEDLES[task])
     kinds = () if options.get("keys") == "uuids" else ("adjective", "noun")
-    words = tuple(ruler_needles.word_list(kind) for kind in kinds)
+    pairs = tuple(ruler_needles.word_list(kind) for kind in kinds)
     prose: tuple[str, ...] = ()
     if options["haystack"] == "essay":
         if essays is None:
             raise ValueError(f"{task} needs prose to hide its needles in: give essays")
         prose = tuple(essays.split())
-    ask = partial(ruler_needles.needles, words=words, prose=prose, **options)  # type: ignore[arg-type]
+    ask = partial(ruler_needles.needles, words=pairs, prose=prose, **options)  # type: ignore[arg-type]
     needles = max(int(str(options.get("num_keys", 1))), int(str(options.get("num_values", 1))))
     return _Recipe(_alone(ask), 128, needles, len(prose) or None)
 

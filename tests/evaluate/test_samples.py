@@ -133,6 +133,11 @@ def test_needle_stands_at_its_depth(model, prose):
     assert text_of(model, samples[0])[200:300] != text_of(model, samples[5])[200:300]  # another round starts elsewhere
 
 
+def test_needle_prompt_follows_a_template_of_the_users_own(model, prose):
+    (sample,) = niah_samples(model, prose, [500], depths=1, template="{question} <{context}> {x}", chat=False)
+    assert re.fullmatch(r"What is .* number\? <In year 0.*> \{x\}", text_of(model, sample), re.DOTALL)
+
+
 @pytest.mark.parametrize("task", SYNTHETIC)
 def test_synthetic_infinitebench_prompts_fill_their_length(model, task):
     first, second = infinitebench_samples(model, [task], [LENGTH], samples=2)
@@ -239,6 +244,7 @@ def test_too_long_prompt_of_a_file_is_cut_only_where_asked(model, tmp_path):
         (lambda model: niah_samples(model, "no end", [1000]), "the haystack has no sentence"),
         (lambda model: niah_samples(model, "One. Two.", [4000]), "niah: length=4000 needs more material"),
         (lambda model: niah_samples(model, "One. Two.", [100], rounds=0), "rounds=0 must be an integer"),
+        (lambda model: niah_samples(model, "One. Two.", [100], template="{context}"), "must hold {context} and {quest"),
         (lambda model: infinitebench_samples(model, ["code_debug"], [900]), "task 'code_debug' is not one of passkey,"),
         (lambda model: infinitebench_samples(model, ["passkey"], [900], questions=2), "a context of passkey has one"),
     ],
