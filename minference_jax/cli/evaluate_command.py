@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     contenders = with_dense(choose_contenders(arguments))
     text = None if getattr(arguments, "text", None) is None else read_text(arguments.text)
     model = load_model(arguments)
-    settings = {"model": model_name(arguments), "benchmark": arguments.suite}
+    settings = {"suite": arguments.suite, "model": model_name(arguments)}
     settings |= {name: getattr(arguments, name) for name in sorted(_SETTINGS) if hasattr(arguments, name)}
     with tqdm(desc=arguments.suite, unit="answer", file=sys.stderr, disable=not wants_bars(arguments.progress)) as bar:
 
@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
     rows = summarize(records, arguments.confidence)
     print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else table(rows), flush=True)
     if arguments.summary is not None:
-        facts = {"suite": arguments.suite, "model": model_name(arguments), "dtype": str(model.model.dtype)}
+        facts, made = settings | {"dtype": str(model.model.dtype)}, environment()
         for row in rows:
-            append(Path(arguments.summary), {**facts, **row, **environment()})
+            append(Path(arguments.summary), {**facts, **row, **made})
     if arguments.plot is not None:
         plot(
             records,

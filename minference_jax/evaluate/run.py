@@ -16,6 +16,7 @@ from minference_jax.evaluate.metrics import METRICS
 from minference_jax.evaluate.samples import Sample
 from minference_jax.generate import LanguageModel, PrefillResult
 
+_LARGEST_REST = 1 / 8  # of a prompt that may be read after what it shares with others
 Told: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 
@@ -33,7 +34,8 @@ def evaluate_answers(
 
     A prompt is read by the contender's attention and answered with dense attention over its cache. Samples that follow
     one another and ask about one context share its prefill: what their prompts begin with alike is read once by the
-    contender's attention, and the rest of each prompt with dense attention over that cache. The choice of what to keep
+    contender's attention, and the rest of each prompt, where it is an eighth at most, with dense attention over that
+    cache. The choice of what to keep
     then knows nothing of the question, which is harder for sparse attention than the paper's protocol, where the whole
     prompt with its question is read at once. For dense attention it makes no difference.
 
@@ -64,7 +66,7 @@ def evaluate_answers(
         several = list(group)
         for one in several:
             model.check_room([len(one.prompt)], one.max_new_tokens)
-        shared = common_prefix([one.prompt for one in several]) if share_contexts and len(several) > 1 else 0
+        shared = shared_prefix([one.prompt for one in several]) if share_contexts and len(several) > 1 else 0
         for contender in ordered:
             for record in _ask(model, several, shared, contender, journal):
                 if told is not None:
@@ -96,7 +98,8 @@ def _ask(
                 )
             yield found
             continue
-        densities = {record["attention"]: record["density"] for record in _records(journal, where, contender)}
+        like = None if contender.equal_cost_to is None else journal.find(*where, contender.equal_cost_to)
+        densities = {} if like is None else {like["attention"]: like["density"]}
         if shared:
             cached = cached or _read(model, sample.prompt[:shared], contender, densities)
             read, pattern = cached
@@ -124,14 +127,6 @@ def _ask(
         yield record
 
 
-def _records(journal: Journal, where: tuple[str, int, int], contender: Contender) -> Iterator[dict[str, Any]]:
-    """What is known of a sample from the contender that this one is to cost as much as."""
-    if contender.equal_cost_to is not None:
-        record = journal.find(*where, contender.equal_cost_to)
-        if record is not None:
-            yield record
-
-
 def _read(
     model: LanguageModel, prompt: Sequence[int], contender: Contender, densities: dict[str, float]
 ) -> tuple[PrefillResult, str | None]:
@@ -142,10 +137,12 @@ def _read(
     return model.prefill(list(prompt), **options), describe(pattern)
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with alike; at least one token of each is left over."""
-    first, length = prompts[0], min(map(len, prompts)) - 1
-    for place in range(length):
-        if any(prompt[place] != first[place] for prompt in prompts):
-            return place
-    return length
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with alike, at least one of each left over; 0 where too many are left.
+
+    What is left is read with dense attention: were it much of a prompt, a sparse contender would be a dense one.
+    """
+    first, shortest, longest = prompts[0], min(map(len, prompts)), max(map(len, prompts))
+    places = range(shortest - 1)
+    alike = next((i for i in places if any(prompt[i] != first[i] for prompt in prompts)), shortest - 1)
+    return alike if (longest - alike) <= _LARGEST_REST * longest else 0

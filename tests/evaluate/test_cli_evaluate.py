@@ -45,7 +45,7 @@ def test_needles_are_asked_recorded_and_summed_up(run, files):
         ["niah", "607", name] for name in ("dense", "mixed.json", "a_shape")
     ]
     lines = [json.loads(line) for line in (files / "n" / "run.jsonl").read_text().splitlines()]
-    assert lines[0]["settings"].items() >= {"benchmark": "niah", "depths": 2, "seed": 42, "dtype": "float32"}.items()
+    assert lines[0]["settings"].items() >= {"suite": "niah", "depths": 2, "seed": 42, "dtype": "float32"}.items()
     assert {line["about"]["depth"] for line in lines[2:]} == {0.0, 1.0}
     rows = [json.loads(line) for line in (files / "n" / "all.jsonl").read_text().splitlines()]
     assert len(rows) == 3

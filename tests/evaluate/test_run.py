@@ -9,7 +9,7 @@ from minference_jax import AShape, Dense, ModelPatterns, VerticalSlash
 from minference_jax.evaluate import Contender, equal_cost_a_shape, evaluate_answers, summarize, table
 from minference_jax.evaluate import run as run_module
 from minference_jax.evaluate.contenders import with_dense
-from minference_jax.evaluate.run import common_prefix
+from minference_jax.evaluate.run import shared_prefix
 from minference_jax.evaluate.samples import Sample
 
 SPARSE = Contender(name="sparse", attention="vertical_slash", pattern=VerticalSlash(vertical_size=30, slash_size=50))
@@ -108,11 +108,12 @@ def test_context_is_read_once_for_all_its_questions(model, monkeypatch):
     assert lengths == [601]
 
 
-def test_prefix_leaves_a_token_of_every_prompt():
-    assert common_prefix([(1, 2, 3), (1, 2, 4, 5)]) == 2
-    assert common_prefix([(1, 2), (1, 2, 3)]) == 1
-    assert common_prefix([(1, 2, 3), (1, 2, 3)]) == 2
-    assert common_prefix([(2, 2), (1, 2)]) == 0
+def test_prefix_leaves_a_token_of_every_prompt_and_little_of_any():
+    assert shared_prefix([(*CONTEXT, 3), (*CONTEXT, 4, 5)]) == 600
+    assert shared_prefix([CONTEXT, [*CONTEXT, 3]]) == 599
+    assert shared_prefix([CONTEXT, CONTEXT]) == 599
+    assert shared_prefix([CONTEXT, [300, *CONTEXT]]) == 0
+    assert shared_prefix([(*CONTEXT, *CONTEXT), (*CONTEXT, *CONTEXT[::-1])]) == 0  # half would be read densely
 
 
 def test_interrupted_run_goes_on_at_the_last_finished_sample(model, samples, records, tmp_path, monkeypatch):
