@@ -33,15 +33,19 @@ def quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def mean_score(scores: Sequence[float], contexts: Sequence[Hashable], confidence: float = 0.95) -> Interval:
+def mean_score(
+    scores: Sequence[float], contexts: Sequence[Hashable], confidence: float = 0.95, *, all_or_nothing: bool = True
+) -> Interval:
     """The mean of scores from 0 to 1, with Wilson's interval where each is 0 or 1 and about a context of its own.
 
-    Elsewhere the interval is the bootstrap's over contexts: scores about one context are drawn together.
+    Elsewhere the interval is the bootstrap's over contexts: scores about one context are drawn together. Where all are
+    equal that one has no width, however few samples there are.
 
     Args:
         scores: at least one.
         contexts: what each score is about.
         confidence: of the interval.
+        all_or_nothing: False = a score can lie between 0 and 1, even if none of these does.
 
     Raises:
         ValueError: no score, or a confidence outside (0, 1).
@@ -53,7 +57,7 @@ def mean_score(scores: Sequence[float], contexts: Sequence[Hashable], confidence
         raise ValueError("a mean needs at least one score")
     z, n = quantile(confidence), len(scores)
     mean = float(np.mean(scores))
-    if set(scores) <= {0, 1} and len(set(contexts)) == n:
+    if all_or_nothing and set(scores) <= {0, 1} and len(set(contexts)) == n:
         centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
         return Interval(mean, max((centre - width) / scale, 0.0), min((centre + width) / scale, 1.0), "wilson")

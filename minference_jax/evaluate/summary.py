@@ -24,9 +24,9 @@ than dense attention's. samples: tokens, for perplexity. positions: [first, end)
 def summarize(records: Iterable[Mapping[str, Any]], confidence: float = 0.95) -> list[dict[str, Any]]:
     """Rows of FIELDS for what an evaluation found; tasks of one length also together, as task "all", weighted alike.
 
-    Scores have Wilson's interval where each is 0 or 1 and about a context of its own, else the bootstrap's; differences
-    the paired bootstrap's; perplexities and their differences a normal one from the standard error over tokens, as if
-    these were independent.
+    Scores have Wilson's interval where all of a task are 0 or 1, each about a context of its own, else the bootstrap's;
+    differences the paired bootstrap's; perplexities and their differences a normal one from the standard error over
+    tokens, as if these were independent.
 
     Args:
         records: of `evaluate_answers` or `evaluate_perplexity`, or both.
@@ -75,11 +75,12 @@ def _row(task: str, group: Sequence[Mapping[str, Any]], **fields: Any) -> dict[s
 
 def _scores(task: str, group: Sequence[Mapping[str, Any]], confidence: float) -> list[dict[str, Any]]:
     rows, dense = [], {_sample(record): record["score"] for record in group if record["attention"] == "dense"}
+    whole = {record["score"] for record in group} <= {0, 1}  # one kind of interval for all that stand together
     for name, found in _by_attention(group).items():
         paired = [record for record in found if _sample(record) in dense]
         contexts = [(record["task"], record["context"]) for record in paired]
         scores, others = [record["score"] for record in paired], [dense[_sample(record)] for record in paired]
-        value = mean_score(scores, contexts, confidence)
+        value = mean_score(scores, contexts, confidence, all_or_nothing=whole)
         fields = {
             "samples": len(scores),
             "metric": found[0]["metric"] if len({record["metric"] for record in found}) == 1 else "each task's own",

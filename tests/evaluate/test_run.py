@@ -222,6 +222,8 @@ def test_summary_compares_with_dense_on_the_same_samples():
     assert (sparse["interval"], rows["b", "sparse"]["interval"]) == ("wilson", "bootstrap")
     assert sparse["difference_low"] <= -0.25 <= sparse["difference_high"]
     assert rows["a", "dense"]["difference"] is None
+    halved = [one | {"score": 0} if one["attention"] == "sparse" else one for one in found if one["task"] == "b"]
+    assert {row["interval"] for row in summarize(halved)} == {"bootstrap"}  # one kind for a task, whoever scores 0
     together = {row["attention"]: row for row in summarize(found[:-1]) if row["task"] == "all"}
     assert together["dense"]["value"] == pytest.approx((0.75 + 0.375) / 2)
     text = table(summarize(found))
