@@ -75,8 +75,10 @@ class Journal:
         raw = self._path.read_bytes() if self._path is not None else b""
         whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-            if not all(isinstance(line, dict) for line in lines) or (lines and "settings" not in lines[0]):
+            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+            if not all(isinstance(line, dict) for line in lines) or (
+                lines and not isinstance(lines[0].get("settings"), dict)
+            ):
                 raise ValueError("its first line has no settings")
             if raw and not lines and not raw.startswith(b'{"settings"'):
                 raise ValueError("it has no whole line")

@@ -9,6 +9,7 @@ from minference_jax import AShape, Dense, ModelPatterns, VerticalSlash
 from minference_jax.evaluate import Contender, equal_cost_a_shape, evaluate_answers, summarize, table
 from minference_jax.evaluate import run as run_module
 from minference_jax.evaluate.contenders import with_dense
+from minference_jax.evaluate.journal import Journal
 from minference_jax.evaluate.run import shared_prefix
 from minference_jax.evaluate.samples import Sample
 
@@ -153,11 +154,18 @@ def test_file_of_another_run_is_refused(model, samples, tmp_path):
         evaluate_answers(model, samples[:1], [SPARSE], output=path, settings={"seed": 1})
     with pytest.raises(ValueError, match="another prompt for ask, sample 0"):
         evaluate_answers(model, make_samples()[:1], [], output=path, settings={"seed": 1})
-    for content in ("no json\n", "[]\n", '{"a": 1}\n', "torn"):
+    for content in ("no json\n", "[]\n", '{"a": 1}\n', '{"settings": 3}\n', "torn"):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"run\.jsonl is no file of an evaluation"):
             evaluate_answers(model, samples[:1], [], output=path)
         assert path.read_text() == content
+
+
+def test_any_answer_can_be_read_again(tmp_path):
+    path, said = tmp_path / "run.jsonl", "\u2028 \x85 \x1e \n \ud55c \u00e9"  # some of them end lines for Python
+    made = {"task": "a", "length": 1, "index": 0, "attention": "dense", "said": said}
+    Journal(path, {}).append(made)
+    assert Journal(path, {}).records == [made]
 
 
 def test_prompt_without_room_for_its_answer_is_refused_before_it_is_read(model, samples):
