@@ -131,8 +131,10 @@ def choose_samples(arguments: argparse.Namespace, model: LanguageModel, text: st
     chat = False if arguments.no_chat_template else None
     same: dict[str, Any] = {"seed": arguments.seed, "chat": chat}
     if arguments.suite == "niah":
-        counts = {"depths": arguments.depths, "rounds": arguments.samples}
-        return niah_samples(model, text or "", arguments.lengths, **counts, **same)
+        same |= {"depths": arguments.depths, "rounds": arguments.samples}
+        if arguments.template is not None:
+            same["template"] = read_text(arguments.template)
+        return niah_samples(model, text or "", arguments.lengths, **same)
     same["samples"] = arguments.samples
     if arguments.suite == "ruler":
         files = {"squad": arguments.squad, "hotpotqa": arguments.hotpotqa}

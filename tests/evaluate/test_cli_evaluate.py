@@ -7,6 +7,7 @@ import pytest
 
 from minference_jax import AShape, Dense, ModelPatterns, write_patterns
 from minference_jax.cli import evaluate_command, main
+from minference_jax.cli.parser import build_parser
 from minference_jax.evaluate import plot
 from minference_jax.evaluate.summary import FIELDS
 
@@ -61,6 +62,31 @@ def test_needles_are_asked_recorded_and_summed_up(run, files):
     assert (code, again[0]["confidence"]) == (0, 0.5)
     assert again[0]["high"] - again[0]["low"] < rows[0]["high"] - rows[0]["low"]
     assert run(f"{NIAH} --output n/run.jsonl --depths 3")[:2] == (2, "")
+
+
+def test_every_option_reaches_the_samples(model, files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "template.txt").write_text("Look: {context} -- {question}")
+
+    def samples(command):
+        arguments = build_parser("minference-jax").parse_args(["evaluate", *command.split()])
+        found = list(evaluate_command.choose_samples(arguments, model, (files / "prose.txt").read_text()))
+        return found, [model.tokenizer.decode(list(sample.prompt)) for sample in found]
+
+    options = "--text prose.txt --lengths 500 600 --depths 3 --samples 2 --template template.txt --no-chat-template"
+    found, texts = samples(f"niah {options}")
+    assert [sample.length for sample in found] == [500] * 6 + [600] * 6
+    assert all(text.startswith("Look: ") and " -- What is the" in text for text in texts)
+    assert samples(f"niah {options} --seed 7")[1] != texts
+    found, texts = samples("ruler --tasks niah_single_2 vt --lengths 3000 --samples 2 --text prose.txt --seed 1")
+    assert [sample.task for sample in found] == ["niah_single_2"] * 2 + ["vt"] * 2
+    assert "In year 0 it rained" in texts[0]
+    found, _ = samples("infinitebench --tasks kv_retrieval --lengths 900 --samples 4 --questions 2")
+    assert [sample.context for sample in found] == [0, 0, 2, 2]
+    line = {"context": "word " * 900, "input": "Who?", "answer": ["Ann"]}
+    (files / "longbook_qa_eng.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
+    found, _ = samples("infinitebench --data . --tasks longbook_qa_eng --lengths 999 --samples 2 --truncate-middle")
+    assert [len(sample.prompt) for sample in found] == [959, 959]
 
 
 def test_perplexity_is_told_by_attention(run, files):
