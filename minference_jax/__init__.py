@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     )
     from minference_jax.convert.checkpoint import convert_model, load_parameters
     from minference_jax.convert.export import export_model
+    from minference_jax.evaluate import (
+        Contender,
+        Sample,
+        evaluate_answers,
+        evaluate_perplexity,
+        infinitebench_samples,
+        niah_samples,
+        read_infinitebench,
+        ruler_samples,
+        summarize,
+    )
     from minference_jax.generate import LanguageModel
     from minference_jax.inspection import Inspection, inspect_attention
     from minference_jax.loading import load
@@ -43,6 +54,7 @@ __all__ = [
     "DEFAULT_PATTERN",
     "AShape",
     "BlockSparse",
+    "Contender",
     "Dense",
     "HeadPattern",
     "Inspection",
@@ -50,6 +62,7 @@ __all__ = [
     "ModelPatterns",
     "PatternArrays",
     "PatternKind",
+    "Sample",
     "SearchResult",
     "TileTable",
     "VerticalSlash",
@@ -58,38 +71,54 @@ __all__ = [
     "block_sparse_attention",
     "convert_model",
     "dense_attention",
+    "evaluate_answers",
+    "evaluate_perplexity",
     "export_model",
+    "infinitebench_samples",
     "inspect_attention",
     "load",
     "load_parameters",
+    "niah_samples",
+    "read_infinitebench",
     "read_patterns",
     "read_tiles",
     "resolve_patterns",
     "retrieval_prompt",
+    "ruler_samples",
     "search_patterns",
     "sparse_attention",
+    "summarize",
     "uniform_patterns",
     "vertical_slash_attention",
     "write_patterns",
 ]
 
 _MODULES = {
+    "Contender": "evaluate",
     "Inspection": "inspection",
     "LanguageModel": "generate",
+    "Sample": "evaluate",
     "SearchResult": "search",
     "TileTable": "tile_table",
     "a_shape_attention": "attention",
     "block_sparse_attention": "attention",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
+    "evaluate_answers": "evaluate",
+    "evaluate_perplexity": "evaluate",
     "export_model": "convert.export",
+    "infinitebench_samples": "evaluate",
     "inspect_attention": "inspection",
     "load": "loading",
     "load_parameters": "convert.checkpoint",
+    "niah_samples": "evaluate",
+    "read_infinitebench": "evaluate",
     "read_tiles": "tile_table",
     "retrieval_prompt": "search",
+    "ruler_samples": "evaluate",
     "search_patterns": "search",
     "sparse_attention": "attention",
+    "summarize": "evaluate",
     "vertical_slash_attention": "attention",
 }  # every other name is in patterns
 

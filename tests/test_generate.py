@@ -326,3 +326,34 @@ def test_an_answer_that_grows_past_where_longrope_changes_is_refused_and_one_tha
     assert len(model.complete(prefilled, max_new_tokens=57)[0].tokens) == 57
     long = model.prefill([1] * 97, attention="dense")
     assert len(model.complete(long, max_new_tokens=4)[0].tokens) == 4
+
+
+def test_extended_prefill_is_that_of_the_whole_prompt(model):
+    first = model.prefill(LONG_PROMPT[:90], attention="dense")
+    once = model.extend(first, LONG_PROMPT[90:100])
+    twice = model.extend(once, LONG_PROMPT[100:110])
+    whole = model.prefill(LONG_PROMPT[:110], attention="dense")
+    np.testing.assert_allclose(twice.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    assert model.complete(twice, max_new_tokens=8) == model.complete(whole, max_new_tokens=8)
+    again = model.extend(first, LONG_PROMPT[90:100])  # what it went on from stays usable
+    np.testing.assert_array_equal(again.logits, once.logits)
+
+
+def test_rows_of_unequal_lengths_are_extended_together(model):
+    prompts, more = [LONG_PROMPT[:50], LONG_PROMPT[:20]], [LONG_PROMPT[50:53], LONG_PROMPT[20:60]]
+    together = model.extend(model.prefill(prompts, attention="dense"), more)
+    for row, end in enumerate((53, 60)):
+        alone = model.prefill(LONG_PROMPT[:end], attention="dense")
+        np.testing.assert_allclose(together.logits[row], alone.logits[0], rtol=1e-4, atol=1e-4)
+    sparse = model.prefill(LONG_PROMPT[:90], attention="a_shape", pattern=UNIFORM["a_shape"])
+    np.testing.assert_array_equal(model.extend(sparse, LONG_PROMPT[90:]).density, sparse.density)
+
+
+def test_prefill_is_extended_only_where_there_is_room(model):
+    prefilled = model.prefill(PROMPT, attention="dense")
+    with pytest.raises(ValueError, match="tokens of 2 rows do not go on from a prefill of 1"):
+        model.extend(prefilled, [[1], [2]])
+    with pytest.raises(ValueError, match="positions, the model has"):
+        model.extend(prefilled, [1] * model.config.max_length)
+    with pytest.raises(ValueError, match="the prompt has token ids"):
+        model.extend(prefilled, [model.config.vocab_size])

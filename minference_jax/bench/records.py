@@ -73,6 +73,18 @@ def commit() -> str | None:
         return None
 
 
+def environment() -> dict[str, Any]:
+    """What a measurement depends on beside its case: device, driver, versions, commit and date."""
+    return {
+        "device": device_name(),
+        "driver": driver(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def record(**measured: Any) -> dict[str, Any]:
     """A complete record.
 
@@ -83,15 +95,7 @@ def record(**measured: Any) -> dict[str, Any]:
       ValueError: a name is not in ``FIELDS``.
     """
     _refuse_unknown(measured)
-    made = {
-        "device": device_name(),
-        "driver": driver(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-    whole = dict.fromkeys(FIELDS) | made | measured
+    whole = dict.fromkeys(FIELDS) | environment() | measured
     return {name: whole[name] for name in FIELDS}
 
 

@@ -46,7 +46,9 @@ class Version(argparse.Action):
 
 def build_parser(program: str) -> Parser:
     """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
-    from minference_jax.cli.analysis_parser import add_inspect, add_search  # it has this module's options
+    # these two take their tools from here
+    from minference_jax.cli.analysis_options import add_inspect, add_search
+    from minference_jax.cli.evaluate_options import add_evaluate
 
     parser = Parser(prog=program, description="Prefill of long prompts with sparse attention (MInference) in JAX.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
@@ -60,6 +62,7 @@ def build_parser(program: str) -> Parser:
     add_inspect(commands)
     _add_bench(commands)
     _add_autotune(commands)
+    add_evaluate(commands)
     return parser
 
 

@@ -3,5 +3,6 @@
 from minference_jax.generate.attend import ATTENTION_NAMES
 from minference_jax.generate.language_model import Completion, LanguageModel, PrefillResult
 from minference_jax.generate.prompts import bucket_length
+from minference_jax.generate.scoring import Scores
 
-__all__ = ["ATTENTION_NAMES", "Completion", "LanguageModel", "PrefillResult", "bucket_length"]
+__all__ = ["ATTENTION_NAMES", "Completion", "LanguageModel", "PrefillResult", "Scores", "bucket_length"]

@@ -15,9 +15,11 @@ from minference_jax.cache import KVCache, extend_cache, init_cache
 from minference_jax.generate.attend import choose_attend, resolve_auto
 from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.generate.sampling import Sampling, choose
-from minference_jax.generate.streaming import TextPieces, decode_text
-from minference_jax.implementations import device_of, first_sparse, memory_for
+from minference_jax.generate.scoring import Scores, read_more, score_tokens
+from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
+from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
+from minference_jax.kernels.tiles import TileConfig
 from minference_jax.models import Attend, Decoder
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 from minference_jax.tile_table import TileTable
@@ -143,18 +145,78 @@ class LanguageModel:
             MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
+        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
+        with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
+            return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+
+    def score(
+        self,
+        prompt: Tokens,
+        *,
+        attention: str = "minference",
+        pattern: HeadPattern | ModelPatterns | None = None,
+        slash_granularity: SlashGranularity = "line",
+        implementation: str | None = None,
+    ) -> Scores:
+        """How likely each token of a prompt is after those before it, all read at once with the chosen attention.
+
+        Args:
+            prompt: token ids of one prompt, at least two.
+            attention, pattern, slash_granularity, implementation: as in `prefill`.
+
+        Raises:
+            ValueError, NotImplementedError, MemoryError: as in `prefill`; a prompt of one token.
+        """
+        tokens, lengths = pad_prompts([prompt], vocab_size=self.config.vocab_size, max_length=self.config.max_length)
+        if lengths[0] < 2:
+            raise ValueError("a prompt of one token has no token after another: score needs at least two")
+        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
+        with memory_for(f"a prefill of 1 x {tokens.shape[1]} tokens"):
+            found = score_tokens(self._graph, self._state, tokens, lengths, arrays, attend)
+        log_probs, greedy = (np.asarray(x[0, : lengths[0] - 1]) for x in found[:2])
+        return Scores(log_probs, greedy, None if found[2] is None else np.asarray(found[2][:, 0]))
+
+    def extend(self, prefilled: PrefillResult, tokens: Tokens | Sequence[Tokens]) -> PrefillResult:
+        """Reads more tokens after a prefill's, such as each of several questions, with dense attention over the cache.
+
+        Args:
+            prefilled: from `prefill` or `extend`; it stays usable.
+            tokens: token ids for its one row, or one list of ids for each of its rows.
+
+        Returns:
+            Logits after the last of the tokens; the longer cache; the density of `prefilled`.
+
+        Raises:
+            ValueError: ids that are not the model's tokens, another number of rows, or too little room, as in `decode`.
+            MemoryError: the device has too little.
+        """
+        padded, counts = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
+        lengths = np.asarray(prefilled.cache.length)
+        if len(lengths) != len(padded):
+            raise ValueError(f"tokens of {len(padded)} rows do not go on from a prefill of {len(lengths)}")
+        for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+            self.check_room([length], count)
+        with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
+            cache = extend_cache(prefilled.cache, bucket_length(int(lengths.max()) + padded.shape[1]))
+            logits, cache = read_more(self._graph, self._state, padded, counts, cache)
+            return PrefillResult(logits, cache, prefilled.density)
+
+    def _choose(self, length, attention, pattern, slash_granularity, implementation):
+        """The pattern arrays [L, N] and the way to attend that a prefill of so many padded tokens asks for."""
         tiles = None
         if attention != "dense":
-            device, dtype = device_of(*jax.tree.leaves(self._state)[:1]), self.model.dtype
-            sparse = first_sparse(implementation, device, self.config.head_dim, dtype.itemsize)
-            tiles = self.tiles.find(device, sparse.name, self.config.head_dim, str(dtype))
+            sparse, tiles = self.sparse_on_device(implementation)
         if attention == "auto":
-            length = tokens.shape[1]
             attention, pattern = resolve_auto(pattern, patterns=self.patterns, length=length, implementation=sparse)
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
         attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, **how)
-        with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
-            return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+        return arrays, attend
+
+    def sparse_on_device(self, implementation: str | None) -> tuple[Implementation, TileConfig | None]:
+        """What computes sparse attention here and its measured tiles, None = by rule; raises as `prefill`."""
+        device, dtype = device_of(*jax.tree.leaves(self._state)[:1]), self.model.dtype
+        sparse = first_sparse(implementation, device, self.config.head_dim, dtype.itemsize)
+        return sparse, self.tiles.find(device, sparse.name, self.config.head_dim, str(dtype))
 
     def decode(
         self,
@@ -193,7 +255,8 @@ class LanguageModel:
             if made + 1 == max_new_tokens:
                 return
             if cache is None:  # the steps donate it: this is a copy of the prompt's
-                cache = extend_cache(prefilled.cache, bucket_length(longest + max_new_tokens))
+                held = prefilled.cache.capacity
+                cache = extend_cache(prefilled.cache, max(held, bucket_length(longest + max_new_tokens)))
             logits, cache = _read_token(self._graph, self._state, token, cache)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
@@ -265,7 +328,7 @@ class LanguageModel:
         if prefilled.logits.shape[0] != 1:
             raise ValueError(f"stream takes a single prompt, got a batch of {prefilled.logits.shape[0]}")
         stops = self.stop_tokens if stop_tokens is None else _token_ids(stop_tokens)
-        return _text(TextPieces(self._need_tokenizer()), self.decode(prefilled, **options), stops)
+        return text_pieces(TextPieces(self._need_tokenizer()), self.decode(prefilled, **options), stops)
 
     def generate(
         self,
@@ -309,16 +372,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: give token ids, and read answers with complete or decode")
         return self.tokenizer
-
-
-def _text(pieces: TextPieces, tokens: Iterator[np.ndarray], stops: frozenset[int]) -> Iterator[str]:
-    for (token,) in tokens:
-        if int(token) in stops:
-            break
-        if piece := pieces.push(int(token)):
-            yield piece
-    if rest := pieces.finish():
-        yield rest
 
 
 @partial(jax.jit, static_argnames=("graph", "attend"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 _INCOMPLETE = "\ufffd"  # what tokenizers put where bytes do not make a character (yet)
 
@@ -50,3 +52,14 @@ class TextPieces:
 def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of tokens as they are spelled, without special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_pieces(pieces: TextPieces, tokens: Iterator[np.ndarray], stops: frozenset[int]) -> Iterator[str]:
+    """The text of one row's tokens int32 [1] as they come, up to a stop token."""
+    for (token,) in tokens:
+        if int(token) in stops:
+            break
+        if piece := pieces.push(int(token)):
+            yield piece
+    if rest := pieces.finish():
+        yield rest

@@ -66,11 +66,12 @@ class Decoder(nnx.Module):
                 they are written beyond the new length, where the next call overwrites them.
             attend: how to attend.
             layer_inputs: pytree of arrays with leading axis L, sliced for each layer's `attend`; None = nothing.
-            logits: "last" for those after each row's last true token, "all" for every token.
+            logits: "last" for those after each row's last true token, "all" for every token, "hidden" for none: the
+                hidden states that `head` makes them of, since all logits of a long prompt take more memory than it.
 
         Returns:
-            logits float32 [B, V] or [B, T, V]; the cache with the new tokens; what `attend` returned beside its
-            output, stacked over the layers [L, ...].
+            logits float32 [B, V] or [B, T, V], or hidden states [B, T, D] in the model's dtype; the cache with the new
+            tokens; what `attend` returned beside its output, stacked over the layers [L, ...].
 
         Raises:
             ValueError: shapes or dtypes that do not fit the model, a cache smaller than T, an unknown `logits`.
@@ -90,10 +91,13 @@ class Decoder(nnx.Module):
             scale=config.head_dim**-0.5,
         )
         x = self.final_norm(select_rows(x, lengths, logits))
+        return (x if logits == "hidden" else self.head(x)), cache, aux
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of hidden states [..., D] as a call with logits="hidden" gives them."""
         if self.lm_head is None:
-            return self.embed.logits(x), cache, aux
-        out = jnp.matmul(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
-        return out, cache, aux
+            return self.embed.logits(x)
+        return jnp.matmul(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
     def run_layer(
         self, index: int | jax.Array, x: jax.Array, lengths: jax.Array, attend: Attend, layer_input: Any = None
@@ -208,9 +212,9 @@ def select_rows(x: jax.Array, lengths: jax.Array, logits: str) -> jax.Array:
     Args:
         x: hidden states [B, T, D].
         lengths: int32 [B], true number of tokens, at least 1.
-        logits: "last" or "all".
+        logits: "last", "all" or "hidden".
     """
-    if logits == "all":
+    if logits != "last":
         return x
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
@@ -228,8 +232,8 @@ def check_call(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an unknown `logits`.
     """
-    if logits not in ("last", "all"):
-        raise ValueError(f'{logits=} must be "last" or "all"')
+    if logits not in ("last", "all", "hidden"):
+        raise ValueError(f'{logits=} must be "last", "all" or "hidden"')
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
         raise ValueError(f"tokens must be integers [B, T] with B, T >= 1, got {tokens.dtype}{list(tokens.shape)}")
     batch, count = tokens.shape

@@ -1,0 +1,168 @@
+"""The attentions that an evaluation compares: dense, and others under names of their own, each with its patterns."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minference_jax.attention import sparse_attention
+from minference_jax.generate import ATTENTION_NAMES, LanguageModel, bucket_length
+from minference_jax.index import SlashGranularity
+from minference_jax.patterns import AShape, HeadPattern, ModelPatterns, PatternArrays, PatternKind
+
+_WINDOW_STEP = 64  # tokens: kernels work in tiles, and finer windows cost the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """An attention under test.
+
+    Args:
+        name: how results call it.
+        attention: as in `LanguageModel.prefill`; not "auto", which would mix two attentions under one name.
+        pattern: as there; for "minference" None = the model's own.
+        slash_granularity: "line" or "block", as there.
+        implementation: as there; None = the first that can.
+        equal_cost_to: name of another contender. This one is then an A-shape of `sink_size` for every head, whose
+            window is chosen for every prompt so that it computes as many tiles as the other did; None = no such thing.
+        sink_size: tokens, for `equal_cost_to`.
+
+    Raises:
+        ValueError: an unknown attention, no name, or options that contradict each other.
+    """
+
+    name: str
+    attention: str = "minference"
+    pattern: HeadPattern | ModelPatterns | None = None
+    slash_granularity: SlashGranularity = "line"
+    implementation: str | None = None
+    equal_cost_to: str | None = None
+    sink_size: int = 128
+
+    def __post_init__(self) -> None:
+        allowed = [name for name in ATTENTION_NAMES if name != "auto"]
+        if self.attention not in allowed:
+            raise ValueError(f"attention={self.attention!r} of {self.name!r} is not one of {', '.join(allowed)}")
+        if not self.name or (self.name == "dense") != (self.attention == "dense"):
+            raise ValueError(f"name={self.name!r}: a contender needs a name, which is dense where its attention is")
+        if self.equal_cost_to is not None and (self.attention != "a_shape" or self.pattern is not None):
+            raise ValueError(f"{self.name}: equal_cost_to goes with attention='a_shape' and no pattern")
+        if self.sink_size < 1:
+            raise ValueError(f"{self.name}: sink_size={self.sink_size} must be at least 1")
+
+    def settings(self, model: LanguageModel) -> dict[str, Any]:
+        """What tells it from others, as plain JSON; patterns also as a digest of every head's sizes."""
+        fields = ("name", "attention", "slash_granularity", "implementation", "equal_cost_to", "sink_size")
+        patterns, digest = self.pattern, None
+        if self.attention == "minference" and patterns is None:
+            patterns = model.patterns
+        if isinstance(patterns, ModelPatterns):
+            sizes = b"".join(np.asarray(x).tobytes() for x in patterns.arrays())
+            digest = hashlib.sha256(sizes).hexdigest()[:16]
+        return {name: getattr(self, name) for name in fields} | {"pattern": describe(patterns), "digest": digest}
+
+
+def describe(pattern: HeadPattern | ModelPatterns | None) -> str | None:
+    """A pattern in words, for records; None for attention that has none."""
+    if isinstance(pattern, ModelPatterns):
+        return pattern.source
+    return None if pattern is None else f"{pattern} for every head"
+
+
+def with_dense(contenders: Sequence[Contender]) -> tuple[Contender, ...]:
+    """Dense attention first, then the other contenders.
+
+    Raises:
+        ValueError: two of one name, or one that is to cost as much as another which does not stand before it.
+    """
+    dense = [one for one in contenders if one.name == "dense"] or [Contender(name="dense", attention="dense")]
+    ordered = (*dense, *(one for one in contenders if one.name != "dense"))
+    names = [one.name for one in ordered]
+    if len(set(names)) < len(names):
+        raise ValueError(f"contenders must have names of their own, got {', '.join(names)}")
+    for place, one in enumerate(ordered):
+        if one.equal_cost_to is not None and one.equal_cost_to not in names[1:place]:
+            raise ValueError(f"{one.name} is to cost as much as {one.equal_cost_to}, a sparse one that must come first")
+    return ordered
+
+
+def resolve(contender: Contender, model: LanguageModel, length: int, densities: dict[str, float]) -> dict[str, Any]:
+    """What `LanguageModel.prefill` takes for a contender and a prompt.
+
+    Args:
+        contender: which.
+        model: that reads.
+        length: tokens of the prompt.
+        densities: of the contenders that have read this prompt, by name.
+    """
+    pattern = contender.pattern
+    if contender.equal_cost_to is not None:
+        pattern = equal_cost_a_shape(
+            model, length, densities[contender.equal_cost_to], contender.sink_size, contender.implementation
+        )
+    return {
+        "attention": contender.attention,
+        "pattern": pattern,
+        "slash_granularity": contender.slash_granularity,
+        "implementation": contender.implementation,
+    }
+
+
+def equal_cost_a_shape(
+    model: LanguageModel, length: int, density: float, sink_size: int = 128, implementation: str | None = None
+) -> AShape:
+    """The A-shape whose share of dense attention's work is nearest to a given one.
+
+    It is found by trying windows on one head of zeros, whose tiles are those of every head of the model.
+
+    Args:
+        model: whose head_dim, dtype and measured tile sizes count.
+        length: tokens of the prompt.
+        density: share to meet, above 0; from 1 on the window is the whole prompt.
+        sink_size: tokens.
+        implementation: of the attention; None = the first that can.
+
+    Raises:
+        ValueError: a length, density or sink_size that makes no sense.
+    """
+    if not density > 0 or length < 1:
+        raise ValueError(f"{density=} must be above 0 and {length=} at least 1")
+
+    def cost(steps: int) -> float:
+        sizes = AShape(sink_size=sink_size, window_size=steps * _WINDOW_STEP)
+        arrays = PatternArrays(
+            *(jnp.full(1, getattr(sizes, name, 0), jnp.int32) for name in PatternArrays._fields)
+        )._replace(kind=jnp.full(1, PatternKind.A_SHAPE, jnp.int32))
+        return float(_one_head(arrays, jnp.int32(length), **static))
+
+    static: Any = {
+        "capacity": bucket_length(length),
+        "head_dim": model.config.head_dim,
+        "dtype": str(model.model.dtype),
+        "sink_size": sink_size,
+        "implementation": implementation,
+        "tiles": model.sparse_on_device(implementation)[1],
+    }
+    low, high = 1, -(-length // _WINDOW_STEP)
+    while low < high:  # the smallest window that costs no less
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) >= density else (middle + 1, high)
+    steps = min((max(low - 1, 1), low), key=lambda steps: abs(cost(steps) - density))
+    return AShape(sink_size=sink_size, window_size=steps * _WINDOW_STEP)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "head_dim", "dtype", "sink_size", "implementation", "tiles"))
+def _one_head(pattern, length, *, capacity, head_dim, dtype, sink_size, implementation, tiles):
+    zeros = jnp.zeros((1, capacity, 1, head_dim), dtype)
+    options: Any = {"kv_len": length, "tiles": tiles, "implementation": implementation, "max_num_blocks": 0}
+    _, share = sparse_attention(
+        zeros, zeros, zeros, pattern, return_density=True, max_num_columns=min(sink_size, capacity), **options
+    )
+    return share[0, 0]

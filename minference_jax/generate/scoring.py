@@ -1,0 +1,78 @@
+"""Programs beside prefill and decoding: how likely given tokens are, and more tokens after those in a cache."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minference_jax.cache import KVCache, init_cache
+from minference_jax.models import Attend
+from minference_jax.patterns import PatternArrays
+
+_ROWS_AT_ONCE = 128  # tokens whose logits over the whole vocabulary are held at a time
+
+
+class Scores(NamedTuple):
+    """How likely the tokens of a prompt are.
+
+    Attributes:
+        log_probs: float32 [T - 1], natural logarithm of the probability of tokens 1 to T - 1, each after those before.
+        greedy: bool [T - 1], where such a token is the likeliest.
+        density: float32 [L, N], each head's share of dense attention's work; None for dense attention.
+    """
+
+    log_probs: np.ndarray
+    greedy: np.ndarray
+    density: np.ndarray | None
+
+
+@partial(jax.jit, static_argnames=("graph", "attend"))
+def score_tokens(
+    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Log-probabilities float32 [B, T] and greedy bool [B, T] of the token after each, and what `attend` gave beside.
+
+    Logits are made of few tokens at a time: those of a whole prompt would take more memory than its cache.
+
+    Args:
+        graph, state: of a model.
+        tokens: int32 [B, T], padded.
+        lengths: int32 [B], true lengths; at `lengths - 1` and beyond the result means nothing.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend.
+    """
+    model = nnx.merge(graph, state)
+    config, (batch, capacity) = model.config, tokens.shape
+    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
+    hidden, _, density = model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns, logits="hidden")
+
+    def score_one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits, following = model.head(row[0]), row[1]
+        chosen = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == following
+
+    following = jnp.roll(tokens, -1, axis=1)
+    rows = jnp.swapaxes(hidden, 0, 1), following.T  # tokens first
+    log_probs, greedy = jax.lax.map(score_one, rows, batch_size=_ROWS_AT_ONCE)
+    return log_probs.T, greedy.T, density
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def read_more(
+    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Logits float32 [B, V] after more tokens, and the donated cache with them, read with dense attention.
+
+    Args:
+        graph, state: of a model.
+        tokens: int32 [B, T], padded.
+        lengths: int32 [B], true numbers of new tokens.
+        cache: with room for T more in each row.
+    """
+    logits, cache, _ = nnx.merge(graph, state)(tokens, cache, lengths=lengths)
+    return logits, cache
