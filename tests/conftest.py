@@ -4,6 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from oracle import oracle_implementation
+
+from minference_jax import implementations
 
 MAPPINGS = Path("/proc/self/maps")
 MANY_MAPPINGS = (
@@ -33,3 +36,11 @@ def _forget_programs():
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def oracle_first():
+    """The oracle is what runs where no implementation is named: for tests of what is built on attention."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementations, "IMPLEMENTATIONS", (oracle_implementation(), *implementations.IMPLEMENTATIONS))
+        yield

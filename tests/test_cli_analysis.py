@@ -4,23 +4,15 @@ import json
 import sys
 
 import pytest
-from oracle import oracle_implementation
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
-from minference_jax import AShape, VerticalSlash, implementations, read_patterns, search_patterns
+from minference_jax import AShape, VerticalSlash, read_patterns, search_patterns
 from minference_jax.cli import main, search_command
+from minference_jax.cli.values import head_pattern
 
 TEXT = "The quick brown fox jumps over the lazy dog while it rains on the plain. " * 6
 SEARCH = "search out.json --model MODEL --candidates a_shape:1,4 vertical_slash:4,1 --budget 0.75 --length 450"
-ORACLE = oracle_implementation()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _with_oracle():
-    """The oracle stands first, so that it is taken where none is named: the kernels have a suite of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(implementations, "IMPLEMENTATIONS", (ORACLE, *implementations.IMPLEMENTATIONS))
-        yield
+pytestmark = pytest.mark.usefixtures("oracle_first")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +131,7 @@ def test_inspect_prints_tables_and_draws(run, tmp_path):
         ("search", "the following arguments are required: OUTPUT"),
         ("search out.json --budget 1", "'1' must be a number above 0 and below 1"),
         ("search out.json --candidates diagonal:3", "must begin with one of a_shape, vertical_slash, block_sparse"),
-        ("search out.json --candidates a_shape:3", "must have sink_size and window_size behind the colon"),
+        ("search out.json --candidates a_shape:3", "needs its sizes: a_shape:SINK_SIZE,WINDOW_SIZE"),
         ("search out.json --question Why?", "--question goes with --prompt-file"),
         ("search out.json --prompt-file text.txt --seed 3", "--seed is for generated prompts"),
         ("search out.json --prompt-file absent.txt", "absent.txt: No such file or directory"),
@@ -174,6 +166,4 @@ def test_pictures_are_refused_before_anything_is_computed_where_they_can_not_be_
 
 
 def test_the_candidates_of_the_command_line_are_patterns():
-    from minference_jax.cli.analysis_parser import candidate
-
-    assert candidate("vertical_slash:30,2048") == VerticalSlash(vertical_size=30, slash_size=2048)
+    assert head_pattern("vertical_slash:30,2048") == VerticalSlash(vertical_size=30, slash_size=2048)

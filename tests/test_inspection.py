@@ -5,10 +5,9 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import oracle_implementation
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
-from minference_jax import AShape, BlockSparse, ModelPatterns, VerticalSlash, implementations, inspect_attention, load
+from minference_jax import AShape, BlockSparse, ModelPatterns, VerticalSlash, inspect_attention, load
 from minference_jax.analysis import head_layouts, read_layers, settings_for
 from minference_jax.inspection.passages import Passages
 from minference_jax.inspection.pictures import draw_head, draw_heat_maps
@@ -25,15 +24,7 @@ HEADS = (
 PATTERNS = ModelPatterns(layers=(HEADS,) * NUM_LAYERS, source="a test")
 LENGTH, SIZE = 450, 40
 PROMPT = np.random.default_rng(2).integers(0, 256, LENGTH).tolist()
-ORACLE = oracle_implementation()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _with_oracle():
-    """The oracle stands first, so that it is taken where none is named: the kernels have a suite of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(implementations, "IMPLEMENTATIONS", (ORACLE, *implementations.IMPLEMENTATIONS))
-        yield
+pytestmark = pytest.mark.usefixtures("oracle_first")
 
 
 @pytest.fixture(scope="module")

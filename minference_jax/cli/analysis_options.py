@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from minference_jax.cli.parser import add_attention, add_model, add_prompt, positive
-from minference_jax.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
-
-_CANDIDATE_TYPES: dict[str, type[HeadPattern]] = {
-    "a_shape": AShape,
-    "vertical_slash": VerticalSlash,
-    "block_sparse": BlockSparse,
-}
+from minference_jax.cli.parser import add_attention, add_model, add_prompt
+from minference_jax.cli.values import HEAD_PATTERNS, factor, head_pattern, layer_and_head, positive, share
 
 
 def add_search(commands: Any) -> None:
@@ -52,7 +45,7 @@ def add_search(commands: Any) -> None:
     group.add_argument(
         "--candidates",
         nargs="+",
-        type=candidate,
+        type=head_pattern,
         metavar="KIND:SIZE[,SIZE]",
         help="kinds and proportions of sizes, such as vertical_slash:500,1500 a_shape:1024,4096 block_sparse:100; "
         "without it those of the paper and the default pattern",
@@ -95,7 +88,7 @@ def add_inspect(commands: Any) -> None:
     parser.set_defaults(module="inspect_command", max_new_tokens=0)
     add_model(parser)
     add_prompt(parser)
-    add_attention(parser, choices=("minference", *_CANDIDATE_TYPES))
+    add_attention(parser, choices=("minference", *HEAD_PATTERNS))
     group = parser.add_argument_group("what is shown")
     group.add_argument("--heads", action="store_true", help="a line for every head, not for every layer only")
     group.add_argument(
@@ -117,61 +110,3 @@ def add_inspect(commands: Any) -> None:
         metavar=("LAYER,HEAD", "FILE"),
         help="write a picture of this head's attention with what is kept over it; repeatable",
     )
-
-
-def share(text: str) -> float:
-    """A number above 0 and below 1, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and below 1")
-    return number
-
-
-def factor(text: str) -> float:
-    """A number above 0, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return number
-
-
-def candidate(text: str) -> HeadPattern:
-    """A kind with its sizes, such as vertical_slash:500,1500, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    kind, _, sizes = text.partition(":")
-    if kind not in _CANDIDATE_TYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} must begin with one of {', '.join(_CANDIDATE_TYPES)} and a colon")
-    names = list(_CANDIDATE_TYPES[kind].__dataclass_fields__)
-    numbers = [positive(part) for part in sizes.split(",")]
-    if len(numbers) != len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} must have {' and '.join(names)} behind the colon")
-    return _CANDIDATE_TYPES[kind](**dict(zip(names, numbers, strict=True)))
-
-
-def layer_and_head(text: str) -> tuple[int, ...]:
-    """One index or two with a comma between them, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    parts = text.split(",")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} must be LAYER or LAYER,HEAD, counted from 0")
-    return tuple(map(int, parts))

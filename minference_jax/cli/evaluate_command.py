@@ -15,6 +15,7 @@ from tqdm import tqdm
 from minference_jax.bench.records import append, environment
 from minference_jax.cli.inputs import load_model, model_name, read_text
 from minference_jax.cli.progress import wants_bars
+from minference_jax.cli.values import HEAD_PATTERNS, head_pattern
 from minference_jax.evaluate import (
     NO_CORPUS,
     SYNTHETIC,
@@ -34,13 +35,8 @@ from minference_jax.evaluate.contenders import with_dense
 from minference_jax.evaluate.plots import check_plot
 from minference_jax.evaluate.statistics import quantile
 from minference_jax.generate import LanguageModel
-from minference_jax.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash, read_patterns
+from minference_jax.patterns import read_patterns
 
-_KINDS: dict[str, tuple[type[HeadPattern], tuple[str, ...]]] = {
-    "a_shape": (AShape, ("sink_size", "window_size")),
-    "vertical_slash": (VerticalSlash, ("vertical_size", "slash_size")),
-    "block_sparse": (BlockSparse, ("num_blocks",)),
-}
 _SETTINGS = {  # what a sample depends on beside its task, length and number
     *("dtype", "seed", "no_chat_template", "text", "depths", "template"),
     *("squad", "hotpotqa", "data", "truncate_middle", "questions"),
@@ -104,7 +100,7 @@ def choose_contenders(arguments: argparse.Namespace) -> list[Contender]:
 def _contender(name: str, what: str, before: list[Contender], arguments: argparse.Namespace) -> Contender:
     options: dict[str, Any] = {"name": name, "implementation": arguments.implementation}
     granularity = {"slash_granularity": arguments.slash_granularity}
-    kind, colon, sizes = what.partition(":")
+    kind = what.partition(":")[0]
     if what == "dense":
         return Contender(**options, attention="dense")
     if what == "minference":
@@ -114,15 +110,12 @@ def _contender(name: str, what: str, before: list[Contender], arguments: argpars
         if not others:
             raise ValueError("a_shape costs as much as a sparse attention named before it, or give a_shape:SINK,WINDOW")
         return Contender(**options, attention="a_shape", equal_cost_to=others[0])
-    if kind in _KINDS and colon:
-        pattern, fields = _KINDS[kind]
-        numbers = sizes.split(",")
-        if len(numbers) != len(fields) or not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"{what!r} must be {kind}:{','.join(fields).upper()}, each a number of at least 1")
-        chosen = pattern(**dict(zip(fields, map(int, numbers), strict=True)))
-        return Contender(**options, **granularity, attention=kind, pattern=chosen)
-    if kind in _KINDS:
-        raise ValueError(f"{what!r} needs its sizes: {kind}:{','.join(_KINDS[kind][1]).upper()}")
+    if kind in HEAD_PATTERNS:
+        try:
+            pattern = head_pattern(what)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
+        return Contender(**options, **granularity, attention=kind, pattern=pattern)
     return Contender(**options, **granularity, pattern=read_patterns(what))
 
 

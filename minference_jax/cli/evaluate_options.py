@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minference_jax.cli.parser import add_model, positive
+from minference_jax.cli.parser import add_model
+from minference_jax.cli.values import positive
 
 _ATTENTION_HELP = (
     "beside dense: minference (the model's own patterns), a pattern file, a_shape (as many tiles as the first other "

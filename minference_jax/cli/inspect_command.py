@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from minference_jax.cli.analysis_parser import layer_and_head
 from minference_jax.cli.inputs import Prompt, choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.patterns_command import describe
 from minference_jax.cli.prefill_command import device_name
 from minference_jax.cli.progress import StepsDone, wants_bars
+from minference_jax.cli.values import layer_and_head
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.streaming import decode_text
 from minference_jax.inspection import Inspection, Passage, inspect_attention

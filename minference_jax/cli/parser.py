@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from minference_jax.cli.values import four_sizes, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
@@ -253,30 +254,3 @@ def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES) ->
     )
     group.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
     group.add_argument("--tiles", metavar="FILE", help="measured tile sizes, from autotune; without it this user's own")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return number
-
-
-def four_sizes(text: str) -> tuple[int, ...]:
-    """Four integers of at least 1 with commas between them, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    parts = text.split(",")
-    if len(parts) != 4:
-        raise argparse.ArgumentTypeError(f"{text!r} must be four integers with commas between them")
-    return tuple(map(positive, parts))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import oracle_implementation
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
 from minference_jax import (
@@ -14,7 +13,6 @@ from minference_jax import (
     BlockSparse,
     Dense,
     VerticalSlash,
-    implementations,
     load,
     read_patterns,
     retrieval_prompt,
@@ -35,15 +33,7 @@ CANDIDATES = (
 )
 RNG = np.random.default_rng(7)
 PROMPTS = [RNG.integers(0, 256, 500).tolist(), RNG.integers(0, 256, 490).tolist()]
-ORACLE = oracle_implementation()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _with_oracle():
-    """The oracle stands first, so that it is taken where none is named: the kernels have a suite of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(implementations, "IMPLEMENTATIONS", (ORACLE, *implementations.IMPLEMENTATIONS))
-        yield
+pytestmark = pytest.mark.usefixtures("oracle_first")
 
 
 @pytest.fixture(scope="module")
