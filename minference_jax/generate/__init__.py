@@ -1,8 +1,8 @@
 """From a prompt to an answer: jitted prefill of any attention, decoding, sampling, text."""
 
 from minference_jax.generate.attend import ATTENTION_NAMES
-from minference_jax.generate.language_model import Completion, LanguageModel, PrefillResult
+from minference_jax.generate.language_model import Completion, LanguageModel
+from minference_jax.generate.programs import PrefillResult, Scores
 from minference_jax.generate.prompts import bucket_length
-from minference_jax.generate.scoring import Scores
 
 __all__ = ["ATTENTION_NAMES", "Completion", "LanguageModel", "PrefillResult", "Scores", "bucket_length"]

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import KVCache, extend_cache, init_cache
+from minference_jax.cache import extend_cache
 from minference_jax.generate.attend import choose_attend, resolve_auto
+from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, read_token, score_tokens
 from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.generate.sampling import Sampling, choose
-from minference_jax.generate.scoring import Scores, read_more, score_tokens
 from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
 from minference_jax.kernels.tiles import TileConfig
-from minference_jax.models import Attend, Decoder
-from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
+from minference_jax.models import Decoder
+from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
 from minference_jax.tile_table import TileTable
-
-
-class PrefillResult(NamedTuple):
-    """What reading prompts leaves behind; decoding from it leaves it as it is.
-
-    Attributes:
-        logits: float32 [B, V], after the last token of each prompt.
-        cache: keys and values of the prompts, padded to the bucket.
-        density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention.
-    """
-
-    logits: jax.Array
-    cache: KVCache
-    density: jax.Array | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +132,7 @@ class LanguageModel:
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
-            return _prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+            return prefill(self._graph, self._state, tokens, lengths, arrays, attend)
 
     def score(
         self,
@@ -257,7 +242,7 @@ class LanguageModel:
             if cache is None:  # the steps donate it: this is a copy of the prompt's
                 held = prefilled.cache.capacity
                 cache = extend_cache(prefilled.cache, max(held, bucket_length(longest + max_new_tokens)))
-            logits, cache = _read_token(self._graph, self._state, token, cache)
+            logits, cache = read_token(self._graph, self._state, token, cache)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Whether prompts and their answers have room, as `decode` asks after they were read.
@@ -372,24 +357,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: give token ids, and read answers with complete or decode")
         return self.tokenizer
-
-
-@partial(jax.jit, static_argnames=("graph", "attend"))
-def _prefill(
-    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
-) -> PrefillResult:
-    """Weights and patterns are arguments: other values of either run the same program."""
-    model = nnx.merge(graph, state)
-    config, (batch, capacity) = model.config, tokens.shape
-    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
-    return PrefillResult(*model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
-
-
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _read_token(graph: Any, state: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """One step of decoding: the next logits, and the donated cache with one more token in each row."""
-    logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
-    return logits, cache
 
 
 def _token_ids(stop_tokens: Sequence[int]) -> frozenset[int]:

@@ -1,4 +1,7 @@
-"""Programs beside prefill and decoding: how likely given tokens are, and more tokens after those in a cache."""
+"""The compiled programs: prompts are read, their tokens scored, one token or several more read after a cache.
+
+Weights and patterns are arguments: other values of either run the same program.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,20 @@ from minference_jax.patterns import PatternArrays
 _ROWS_AT_ONCE = 128  # tokens whose logits over the whole vocabulary are held at a time
 
 
+class PrefillResult(NamedTuple):
+    """What reading prompts leaves behind; decoding from it leaves it as it is.
+
+    Attributes:
+        logits: float32 [B, V], after the last token of each prompt.
+        cache: keys and values of the prompts, padded to the bucket.
+        density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention.
+    """
+
+    logits: jax.Array
+    cache: KVCache
+    density: jax.Array | None
+
+
 class Scores(NamedTuple):
     """How likely the tokens of a prompt are.
 
@@ -32,6 +49,25 @@ class Scores(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("graph", "attend"))
+def prefill(
+    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
+) -> PrefillResult:
+    """Reads prompts into a cache of their own.
+
+    Args:
+        graph, state: of a model.
+        tokens: int32 [B, T], padded.
+        lengths: int32 [B], true lengths.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend.
+    """
+    model = nnx.merge(graph, state)
+    config, (batch, capacity) = model.config, tokens.shape
+    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
+    return PrefillResult(*model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
+
+
+@partial(jax.jit, static_argnames=("graph", "attend"))
 def score_tokens(
     graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
 ) -> tuple[jax.Array, jax.Array, Any]:
@@ -39,12 +75,7 @@ def score_tokens(
 
     Logits are made of few tokens at a time: those of a whole prompt would take more memory than its cache.
 
-    Args:
-        graph, state: of a model.
-        tokens: int32 [B, T], padded.
-        lengths: int32 [B], true lengths; at `lengths - 1` and beyond the result means nothing.
-        patterns: [L, N], or None for dense attention.
-        attend: how to attend.
+    Args: as `prefill`; at `lengths - 1` and beyond the result means nothing.
     """
     model = nnx.merge(graph, state)
     config, (batch, capacity) = model.config, tokens.shape
@@ -75,4 +106,17 @@ def read_more(
         cache: with room for T more in each row.
     """
     logits, cache, _ = nnx.merge(graph, state)(tokens, cache, lengths=lengths)
+    return logits, cache
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def read_token(graph: Any, state: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """One step of decoding: the next logits float32 [B, V], and the donated cache with one more token in each row.
+
+    Args:
+        graph, state: of a model.
+        token: int32 [B].
+        cache: with room for one more in each row.
+    """
+    logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
     return logits, cache
