@@ -174,6 +174,6 @@ def test_pictures_are_refused_before_anything_is_computed_where_they_can_not_be_
 
 
 def test_the_candidates_of_the_command_line_are_patterns():
-    from minference_jax.cli.analysis_parser import candidate
+    from minference_jax.cli.analysis_options import candidate
 
     assert candidate("vertical_slash:30,2048") == VerticalSlash(vertical_size=30, slash_size=2048)

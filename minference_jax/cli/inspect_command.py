@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minference_jax.cli.analysis_parser import layer_and_head
+from minference_jax.cli.analysis_options import layer_and_head
 from minference_jax.cli.inputs import Prompt, choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.patterns_command import describe
 from minference_jax.cli.prefill_command import device_name
