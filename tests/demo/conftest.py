@@ -1,0 +1,48 @@
+"""A demo over a tiny model."""
+
+import pytest
+from small_models import CONTEXT, write_model
+
+import minference_jax
+from minference_jax.demo.energy import EnergyCounter
+from minference_jax.demo.models import Models
+from minference_jax.demo.service import Request, Service
+from minference_jax.demo.settings import Settings
+
+ROOM = 4096  # tokens; the tiny model's tokens are bytes, and the shortest example has some hundreds
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("models") / "tiny")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace(f'embeddings": {CONTEXT}', f'embeddings": {ROOM}'))
+    return minference_jax.load(folder)
+
+
+@pytest.fixture
+def make_service(model):
+    """Makes services of the tiny model; they are closed at the end."""
+    made = []
+
+    def make(read=lambda: None, reason="a test has no card", **settings):
+        settings = {"max_prompt_tokens": 1000, "max_new_tokens": 6, **settings}
+        made.append(
+            Service(Settings(**settings), Models({"tiny": None}, lambda source: model), EnergyCounter(read, reason))
+        )
+        made[-1].models.get("tiny")
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.device.close()
+
+
+@pytest.fixture
+def make_request():
+    def make(text="Some words to read.", question="Who?", **changes):
+        asked = {"model": "tiny", "text": text, "question": question, "attention": "a_shape"}
+        asked |= {"sizes": {"sink_size": 8, "window_size": 16}, "slash_granularity": "line"}
+        return Request(**(asked | changes))
+
+    return make
