@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import threading
 
 from minference_jax.cli.inputs import choose_attention, load_model
@@ -23,6 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, OSError: what the options ask for can't be had.
     """
     check_extra()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed at the end, whoever ends it
     attention = choose_attention(arguments)
 
     def loader(source: str | None) -> LanguageModel:

@@ -61,7 +61,7 @@ def serving(
             example = make_example(service.models.get(service.models.labels[0]), example_tokens, 0.5)
             page = build_page(service, attention, example, device_name())
             page.queue(api_open=False, max_size=8 * (service.settings.max_line + 1))
-            yield page.launch(**_options(service, folder, host, port))[1]
+            yield _launch(page, host, port, _options(service, folder))
         finally:
             if page is not None:
                 page.close(verbose=False)
@@ -71,7 +71,15 @@ def serving(
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _options(service: Service, folder: str, host: str, port: int | None) -> dict[str, Any]:
+def _launch(page: Any, host: str, port: int | None, options: dict[str, Any]) -> str:
+    try:
+        return page.launch(server_name=host, server_port=port, **options)[1]
+    except OSError as error:
+        where = host if port is None else f"{host}, port {port},"
+        raise OSError(f"{where} can't be listened on: it is taken, or not an address of this machine") from error
+
+
+def _options(service: Service, folder: str) -> dict[str, Any]:
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -81,8 +89,6 @@ def _options(service: Service, folder: str, host: str, port: int | None) -> dict
     return {
         "theme": gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=_MONO),
         "css": style,
-        "server_name": host,
-        "server_port": port,
         "prevent_thread_lock": True,
         "quiet": True,
         "share": False,
@@ -94,6 +100,7 @@ def _options(service: Service, folder: str, host: str, port: int | None) -> dict
         "ssr_mode": False,
         "pwa": False,
         "footer_links": [],
+        "state_session_capacity": 200,  # visitors
         "allowed_paths": [],
         "max_file_size": MAX_UPLOAD_BYTES,
         "app_kwargs": {"middleware": [shield]},
