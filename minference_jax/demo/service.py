@@ -58,7 +58,7 @@ class Request:
             raise Refused("There is no such attention here.")
         sizes = {}
         for name in default_sizes(self.attention):
-            value = self.sizes.get(name)
+            value: Any = self.sizes.get(name)
             if not _is_whole(value):
                 raise Refused(f"{name} must be a whole number.")
             if not 1 <= value <= MOST_SIZE:
