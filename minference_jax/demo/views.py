@@ -10,7 +10,7 @@ from html import escape
 from minference_jax.demo.inspections import InspectState, LeftOut
 from minference_jax.demo.runs import RunState, Side
 
-_WORDS = re.compile(r"\S+\s*")
+_WORDS = re.compile(r"\w+\s*|[^\w\s]+\s*|\s+")  # punctuation apart
 
 
 def note(text: str, kind: str = "info") -> str:
@@ -25,7 +25,7 @@ def numbers(state: RunState | None, now: float) -> str:
         state: of the run; None = there was none yet.
         now: by time.monotonic.
     """
-    sparse = "only the keys that count" if state is None else state.attention.name
+    sparse = "only the keys that count" if state is None else state.attention.name.replace("_", "-")
     cards = [_card("dense", "Dense", "every key", state, now), _card("sparse", "Sparse", sparse, state, now)]
     found = None if state is None else state.comparison
     if found is None:

@@ -42,8 +42,9 @@ def test_differing_words_are_marked_and_everything_is_escaped():
         "one <mark>two </mark>three",
         "one <mark>2 </mark>three",
     )
+    assert views.mark_differences("It is: 7", "It is 7.") == ("It is<mark>: </mark>7", "It is 7<mark>.</mark>")
     page = views.answers(STATE)
-    assert "<mark>&lt;b&gt;red&lt;/b&gt; </mark>" in page
+    assert "&lt;b&gt;<mark>red</mark>&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "The answers are the same" in views.answers(replace(STATE, sparse=STATE.dense))
     assert "<script>" not in views.note("<script>")
@@ -177,5 +178,5 @@ def test_command_refuses_options_in_a_sentence(options, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_pictures_of_time_take_no_clock():
+def test_numbers_of_a_run_that_is_over_stand_still():
     assert views.numbers(STATE, 0.0) == views.numbers(STATE, time.monotonic())
