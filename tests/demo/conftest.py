@@ -20,22 +20,32 @@ def model(tmp_path_factory):
     return minference_jax.load(folder)
 
 
+def service_of(model, read=lambda: None, reason="a test has no card", **settings):
+    """Give a service of a model, which is loaded."""
+    settings = {"max_prompt_tokens": 1000, "max_new_tokens": 6, **settings}
+    models = Models({"tiny": None}, lambda source: model)
+    models.get("tiny")
+    return Service(Settings(**settings), models, EnergyCounter(read, reason))
+
+
 @pytest.fixture
 def make_service(model):
     """Makes services of the tiny model; they are closed at the end."""
     made = []
 
-    def make(read=lambda: None, reason="a test has no card", **settings):
-        settings = {"max_prompt_tokens": 1000, "max_new_tokens": 6, **settings}
-        made.append(
-            Service(Settings(**settings), Models({"tiny": None}, lambda source: model), EnergyCounter(read, reason))
-        )
-        made[-1].models.get("tiny")
+    def make(*arguments, **options):
+        made.append(service_of(model, *arguments, **options))
         return made[-1]
 
     yield make
     for service in made:
         service.device.close()
+
+
+@pytest.fixture(scope="session")
+def browser_service(model):
+    """The service behind all browser tests; a line of one."""
+    return service_of(model, max_line=1, max_prompt_tokens=1500)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import odd_demo_files as odd
 import pytest
 
+from minference_jax.demo.plots import History
 from minference_jax.measure import attention_of
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -45,15 +46,23 @@ def browser():
         found.close()
 
 
-@pytest.fixture
-def demo(browser, make_service):
-    """Serves a demo; gives its service and address."""
+@pytest.fixture(scope="module")
+def address(browser, browser_service):
+    """Serves a demo; gives its address."""
     from minference_jax.demo.server import serving
 
-    service = make_service(max_line=1, max_prompt_tokens=1500)
     attention = attention_of("a_shape", {"sink_size": 8, "window_size": 16})
-    with serving(service, attention, example_tokens=1400, host="127.0.0.1", port=None) as address:
-        yield service, address
+    with serving(browser_service, attention, example_tokens=1400, host="127.0.0.1", port=None) as served:
+        yield served
+
+
+@pytest.fixture
+def demo(address, browser_service):
+    """Gives service and address, without runs and jobs of the tests before."""
+    settings, browser_service.history = browser_service.settings, History()
+    yield browser_service, address
+    browser_service.settings = settings
+    until(lambda: all(job.done for _, job in browser_service.device._jobs))
 
 
 @pytest.fixture
