@@ -24,7 +24,7 @@ STEPS = {
 }
 CHILD = """
 import sys, time
-from minference_jax.cli.measure import peak_memory
+from minference_jax.measure import peak_memory
 from minference_jax.convert.checkpoint import convert_model, load_parameters
 from minference_jax.convert.export import export_model
 source, target = sys.argv[1:]

@@ -447,7 +447,7 @@ def test_pattern_arrays_that_do_not_fit_are_refused(change, message):
 PEAK = """
 import jax, jax.numpy as jnp
 from minference_jax import VerticalSlash, sparse_attention
-from minference_jax.cli.measure import peak_memory
+from minference_jax.measure import peak_memory
 q, k, v = (jax.random.normal(jax.random.key(i), (1, 32768, n, 64)) for i, n in enumerate((9, 3, 3)))
 out = sparse_attention(q, k, v, VerticalSlash(vertical_size=500, slash_size=100))
 assert bool(jnp.isfinite(out).all())

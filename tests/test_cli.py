@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from small_models import CONTEXT, NUM_HEADS, NUM_LAYERS, write_model
 
 from minference_jax import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, load, write_patterns
-from minference_jax.cli import convert_command, main, measure
+from minference_jax.cli import convert_command, main
 from minference_jax.cli.generate_command import until_stop
-from minference_jax.cli.inputs import ChosenAttention
 from minference_jax.cli.parser import ATTENTION_NAMES
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
+from minference_jax.measure import ChosenAttention, compare, greedy_tokens
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
 QUESTION = "\n\n---\n\nQuestion about the text above: Who?"
@@ -141,18 +141,18 @@ def test_answers_are_compared_over_dense_attentions_answer(run, monkeypatch):
 def test_sparse_answer_goes_on_as_long_as_the_dense_one(model):
     language_model = load(model)
     prefilled = language_model.prefill(language_model.encode(TEXT), attention="dense")
-    tokens = measure._greedy(language_model, prefilled, 8, at_least=1)
+    tokens = greedy_tokens(language_model, prefilled, 8, at_least=1)
     language_model.stop_tokens = frozenset(tokens[1:2])
-    assert measure._greedy(language_model, prefilled, 8, at_least=1) == tokens[:2]
-    assert measure._greedy(language_model, prefilled, 8, at_least=5) == tokens[:5]
+    assert greedy_tokens(language_model, prefilled, 8, at_least=1) == tokens[:2]
+    assert greedy_tokens(language_model, prefilled, 8, at_least=5) == tokens[:5]
 
 
 def test_compilation_is_timed_apart_and_only_where_there_is_one(model):
     jax.clear_caches()  # other tests may have compiled the same
     language_model = load(model)
     attention = ChosenAttention("dense", None, "dense")
-    options = {"attention": attention, "implementation": None, "repeats": 2, "show_progress": False}
-    first = measure.compare(language_model, [1, 2, 3] * 90, max_new_tokens=1, **options)
+    options = {"attention": attention, "implementation": None, "repeats": 2}
+    first = compare(language_model, [1, 2, 3] * 90, max_new_tokens=1, **options)
     assert first.dense.compile_seconds > 0
     assert first.sparse.compile_seconds is None
     assert len(first.dense.seconds) == len(first.sparse.seconds) == 2

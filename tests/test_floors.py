@@ -8,7 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"minference_jax": "minference_jax", "kernels": "minference_jax.kernels", "convert": "minference_jax.convert"}
-FLOORS = {"cli": 6, "bench": 6, "evaluate": 6, "loading": 5, "search": 5, "inspection": 5, "analysis": 5}
+FLOORS = {
+    "cli": 6,
+    "bench": 6,
+    "evaluate": 6,
+    "demo": 6,
+    "loading": 5,
+    "search": 5,
+    "inspection": 5,
+    "analysis": 5,
+    "measure": 5,
+}
 FLOORS |= {"generate": 4, "convert": 4, "models": 3}
 FLOORS |= {
     "attention": 2,
@@ -26,6 +36,8 @@ SIBLINGS = {
     ("search", "analysis"),
     ("inspection", "analysis"),
     ("cli", "evaluate"),
+    ("cli", "demo"),
+    ("demo", "evaluate"),
     ("evaluate", "bench"),
     ("attention", "capacities"),
     ("attention", "implementations"),

@@ -59,7 +59,9 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["prefill", "--help"], ["convert", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["prefill", "--help"], ["convert", "--help"], ["demo", "--help"]],
+    ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
     result = run_python(f"""

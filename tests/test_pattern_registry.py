@@ -9,8 +9,8 @@ import pytest
 from releases import CONFIGS, IDS, NAMES, QWEN2, QWEN25, TINY, make_folder, make_tar
 from small_models import CONFIG, CONTEXT, NUM_HEADS, NUM_LAYERS, write_model
 
-from minference_jax import AShape, LanguageModel, load, read_patterns
-from minference_jax.cli import main, measure
+from minference_jax import AShape, LanguageModel, load, measure, read_patterns
+from minference_jax.cli import main
 from minference_jax.patterns.published import PUBLISHED
 from minference_jax.patterns.registry import choose_published, config_signature, resolve_patterns
 

@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from minference_jax.attention import a_shape_attention, block_sparse_attention, vertical_slash_attention
 from minference_jax.cli.progress import ByteBars, wants_bars
 from minference_jax.convert.default_model import MODEL_NAME
 from minference_jax.convert.hf_tokenizer import import_transformers
 from minference_jax.generate import LanguageModel
-from minference_jax.index import SlashGranularity
 from minference_jax.loading import load
-from minference_jax.patterns import AShape, BlockSparse, HeadPattern, VerticalSlash
-
-_QUESTION = "\n\n---\n\nQuestion about the text above: "  # without the mark small models go on telling the story
-_SIZES = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks")
-_UNIFORM: dict[str, tuple[type[HeadPattern], object]] = {
-    "vertical_slash": (VerticalSlash, vertical_slash_attention),
-    "a_shape": (AShape, a_shape_attention),
-    "block_sparse": (BlockSparse, block_sparse_attention),
-}
-
-
-class Prompt(NamedTuple):
-    """What the model is to read.
-
-    Attributes:
-        tokens: ids.
-        is_chat: whether they are in the model's chat template.
-    """
-
-    tokens: list[int]
-    is_chat: bool
-
-
-class ChosenAttention(NamedTuple):
-    """What `LanguageModel.prefill` takes to choose attention, and how to call it in a report."""
-
-    name: str
-    pattern: HeadPattern | None
-    description: str
-    slash_granularity: SlashGranularity = "line"
+from minference_jax.measure import (
+    SIZES,
+    ChosenAttention,
+    Prompt,
+    attention_of,
+    default_sizes,
+    encode_question,
+    takes_granularity,
+)
 
 
 def model_name(arguments: argparse.Namespace) -> str:
@@ -74,23 +49,12 @@ def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:
     """
     name = arguments.attention
     granularity = arguments.slash_granularity
-    if granularity is not None and name not in ("minference", "auto", "vertical_slash"):
+    if granularity is not None and not takes_granularity(name):
         raise ValueError(f"--slash-granularity does not go with --attention {name}")
-    given = {size: getattr(arguments, size) for size in _SIZES if getattr(arguments, size) is not None}
-    if name not in _UNIFORM:
-        if given:
-            raise ValueError(f"--{next(iter(given)).replace('_', '-')} does not go with --attention {name}")
-        return ChosenAttention(name, None, name, granularity or "line")
-    kind, function = _UNIFORM[name]
-    defaults = {
-        size: parameter.default
-        for size, parameter in inspect.signature(function).parameters.items()  # type: ignore[arg-type]
-        if size in _SIZES
-    }
-    if foreign := [size for size in given if size not in defaults]:
+    given = {size: getattr(arguments, size) for size in SIZES if getattr(arguments, size) is not None}
+    if foreign := [size for size in given if size not in default_sizes(name)]:
         raise ValueError(f"--{foreign[0].replace('_', '-')} does not go with --attention {name}")
-    pattern = kind(**(defaults | given))
-    return ChosenAttention(name, pattern, f"{pattern} for every head", granularity or "line")
+    return attention_of(name, given, granularity)
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -132,10 +96,8 @@ def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace
     if arguments.max_prompt_tokens is not None:
         ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         text = text[: ends[: arguments.max_prompt_tokens][-1][1]]
-    if arguments.question is not None:
-        text = f"{text.rstrip()}{_QUESTION}{arguments.question}"
-    is_chat = bool(tokenizer.chat_template) and not arguments.no_chat_template
-    tokens = model.encode_chat(text) if is_chat else model.encode(text)
+    prompt = encode_question(model, text, arguments.question, chat=not arguments.no_chat_template)
+    tokens = prompt.tokens
     needed, most = len(tokens) + arguments.max_new_tokens, model.config.max_length
     if needed > most:
         answer = (
@@ -146,4 +108,4 @@ def encode_prompt(model: LanguageModel, text: str, arguments: argparse.Namespace
             f"--max-prompt-tokens N keeps the first N tokens of the text"
         )
     model.check_room([len(tokens)], arguments.max_new_tokens)
-    return Prompt(tokens, is_chat)
+    return prompt

@@ -47,8 +47,9 @@ class Version(argparse.Action):
 
 def build_parser(program: str) -> Parser:
     """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
-    # these two take their tools from here
+    # these take their tools from here
     from minference_jax.cli.analysis_options import add_inspect, add_search
+    from minference_jax.cli.demo_options import add_demo
     from minference_jax.cli.evaluate_options import add_evaluate
 
     parser = Parser(prog=program, description="Prefill of long prompts with sparse attention (MInference) in JAX.")
@@ -64,6 +65,7 @@ def build_parser(program: str) -> Parser:
     _add_bench(commands)
     _add_autotune(commands)
     add_evaluate(commands)
+    add_demo(commands)
     return parser
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import textwrap
 from typing import Any
@@ -12,18 +11,10 @@ from typing import Any
 import jax
 
 import minference_jax
-from minference_jax.cli.inputs import (
-    ChosenAttention,
-    Prompt,
-    choose_attention,
-    encode_prompt,
-    load_model,
-    model_name,
-    read_prompt,
-)
-from minference_jax.cli.measure import Comparison, compare
-from minference_jax.cli.progress import wants_bars
+from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
+from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.generate import LanguageModel
+from minference_jax.measure import ChosenAttention, Comparison, Prompt, compare, device_name, steps_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,15 +22,16 @@ def run(arguments: argparse.Namespace) -> None:
     attention, text = choose_attention(arguments), read_prompt(arguments)
     model = load_model(arguments)
     prompt = encode_prompt(model, text, arguments)
-    comparison = compare(
-        model,
-        prompt.tokens,
-        attention=attention,
-        implementation=arguments.implementation,
-        max_new_tokens=arguments.max_new_tokens,
-        repeats=arguments.repeats,
-        show_progress=wants_bars(arguments.progress),
-    )
+    with Steps(steps_of(arguments.repeats), wants_bars(arguments.progress)) as steps:
+        comparison = compare(
+            model,
+            prompt.tokens,
+            attention=attention,
+            implementation=arguments.implementation,
+            max_new_tokens=arguments.max_new_tokens,
+            repeats=arguments.repeats,
+            step=steps.step,
+        )
     facts = record(model_name(arguments), model, prompt, attention, comparison)
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts))
 
@@ -85,15 +77,6 @@ def record(
             "python": platform.python_version(),
         },
     }
-
-
-def device_name() -> str:
-    """The device that computes, with the number of usable cores where that is the CPU."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU {platform.machine()}, {cores} cores"
 
 
 def report(facts: dict[str, Any]) -> str:

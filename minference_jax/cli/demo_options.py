@@ -1,0 +1,52 @@
+"""Options of `minference-jax demo`. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from minference_jax.cli.parser import MODEL_HELP, add_attention, add_progress
+from minference_jax.cli.values import positive
+from minference_jax.kernels.tiles import DTYPES
+
+_ATTENTIONS = ("minference", "auto", "vertical_slash", "a_shape", "block_sparse")
+
+
+def add_demo(commands: Any) -> None:
+    """Adds `demo` to the subcommands."""
+    parser = commands.add_parser(
+        "demo",
+        help="a page in the browser: dense and sparse prefill of one text, side by side",
+        description="Serve a page on which anyone pastes a long text and compares dense with sparse prefill. Texts are "
+        "not stored; one run at a time; only this machine can reach it unless --host says otherwise. Needs the extra "
+        "demo.",
+    )
+    parser.set_defaults(module="demo_command")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="MODEL", help=f"{MODEL_HELP}; of several visitors choose one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_progress(parser)
+    add_attention(parser, choices=_ATTENTIONS)
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-prompt-tokens", type=positive, metavar="N", help="longer texts are refused (8192, or the model's room)"
+    )
+    group.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="of each answer (48)")
+    group.add_argument("--repeats", type=positive, default=1, metavar="N", help="timed runs, after one that warms (1)")
+    group.add_argument("--max-line", type=not_negative, default=8, metavar="N", help="runs that may wait (8)")
+    group = parser.add_argument_group("page")
+    group.add_argument("--example-tokens", type=positive, metavar="N", help="of the first example (half of the most)")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1: this machine)")
+    group.add_argument("--port", type=positive, metavar="N", help="to listen on (the first free one from 7860 on)")
+
+
+def not_negative(text: str) -> int:
+    """An integer of at least 0, for argparse.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
+    return int(text)

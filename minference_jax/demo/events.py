@@ -1,0 +1,154 @@
+"""What happens when a visitor presses something: the page's handlers, which yield what changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from minference_jax.demo import views
+from minference_jax.demo.inspections import InspectState
+from minference_jax.demo.jobs import Job
+from minference_jax.demo.needle import Example
+from minference_jax.demo.plots import history_picture
+from minference_jax.demo.runs import RunState
+from minference_jax.demo.service import Request, Service, follow, outcome
+from minference_jax.demo.settings import Refused
+from minference_jax.demo.uploads import read_upload
+from minference_jax.measure import SIZES, default_sizes, takes_granularity
+
+_FAULT = "The demo failed for a reason of its own; the operator's terminal says which."
+_STRAY_SECONDS = 60
+_CANCELLING = "Cancelling: a prefill or compilation that runs can't be interrupted, the device stops behind it."
+
+
+class Events:
+    """Handlers.
+
+    Args:
+        gr: the module gradio.
+        service: behind the page.
+    """
+
+    def __init__(self, gr: Any, service: Service):
+        self._gr, self._service = gr, service
+        for handler in (Events.run, Events.inspect, Events.example, Events.cancel, Events.leave):
+            handler.__annotations__["request"] = gr.Request  # what tells Gradio to pass one
+
+    async def run(self, request: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        """Yields status, both buttons, numbers, answers, details and the plot."""
+        skip = self._gr.skip()
+        submit = self._service.submit_run
+        async for status, job in self._follow(lambda visitor: submit(visitor, _request(values)), request):
+            state = job.state if job is not None else None
+            if not isinstance(state, RunState):
+                yield (*status, *(4 * [skip]))
+                continue
+            over = state.comparison is not None
+            rest = (skip, skip)
+            if over:
+                points = self._service.history.of(values[0])
+                plot = views.picture(history_picture(points), "seconds of a prefill against tokens of the prompt")
+                rest = views.details(state, no_energy=self._service.counter.reason), plot
+            yield (*status, views.numbers(state, time.monotonic()), views.answers(state), *rest)
+
+    async def inspect(self, request: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        """Yields status, both buttons, and the map with what is left out."""
+        *own, layer, head = values
+        submit = self._service.submit_inspection
+        async for status, job in self._follow(lambda visitor: submit(visitor, _request(own), layer, head), request):
+            state = job.state if job is not None else None
+            over = isinstance(state, InspectState) and bool(state.picture)
+            yield (*status, views.inspection(state) if over else self._gr.skip())
+
+    async def example(self, request: Any, model: Any, length: Any, depth: Any) -> AsyncIterator[tuple[Any, ...]]:
+        """Yields status, both buttons, text and question."""
+        submit = self._service.submit_example
+        async for status, job in self._follow(lambda visitor: submit(visitor, model, length, depth), request):
+            if job is not None and isinstance(job.state, Example):
+                said = f"The example has {job.state.tokens:,} tokens; the number {job.state.number} is hidden in it."
+                yield (views.note(said), *status[1:], job.state.text, job.state.question)
+            else:
+                yield (*status, self._gr.skip(), self._gr.skip())
+
+    def upload(self, path: str) -> tuple[Any, Any]:
+        """Gives status and text; the file is gone then."""
+        _remove_strays(Path(path).parents[1])
+        try:
+            raw = Path(path).read_bytes()
+        except FileNotFoundError:
+            return views.note("The upload is gone: please upload the file again.", "bad"), self._gr.skip()
+        finally:
+            Path(path).unlink(missing_ok=True)
+        try:
+            text = read_upload(raw, Path(path).name, max_characters=self._service.settings.max_characters)
+        except Refused as error:
+            return views.note(str(error), "bad"), self._gr.skip()
+        return views.note(f"Read {len(text):,} characters; the file is deleted. Ask your question, then run."), text
+
+    def attention(self, name: str) -> list[Any]:
+        """Gives the visibility of the granularity and of each size."""
+        own = default_sizes(name)
+        return [self._gr.update(visible=takes_granularity(name)), *(self._gr.update(visible=s in own) for s in SIZES)]
+
+    def cancel(self, request: Any) -> str:
+        """Gives the status."""
+        found = self._service.device.cancel(request.session_hash)
+        return views.note(_CANCELLING, "busy") if found else views.note("There is nothing to cancel.")
+
+    def leave(self, request: Any) -> None:
+        """The page was closed."""
+        self._service.device.cancel(request.session_hash)
+
+    async def _follow(
+        self, submit: Callable[[str], Job], request: Any
+    ) -> AsyncIterator[tuple[tuple[Any, Any, Any], Job | None]]:
+        """Yields status and both buttons, with the job, until it is over."""
+        button = self._gr.Button
+        free = button(interactive=True), button(interactive=False)
+        busy = button(interactive=False), button(interactive=True)
+        try:
+            job = submit(request.session_hash)
+        except Refused as error:
+            yield (views.note(str(error), "bad"), self._gr.skip(), self._gr.skip()), None
+            return
+        steps = follow(job)
+        try:
+            async for _ in steps:
+                yield (self._status(job), *busy), job
+        finally:
+            await steps.aclose()  # type: ignore[attr-defined]
+        try:
+            said = outcome(job)
+        except Exception:
+            yield (views.note(_FAULT, "bad"), *free), job
+            raise
+        yield (views.note(said, "bad") if said else views.note("Done."), *free), job
+
+    def _status(self, job: Job) -> str:
+        if job.cancelled:
+            return views.note(_CANCELLING, "busy")
+        if ahead := self._service.device.before(job):
+            return views.note(f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} before yours.", "busy")
+        step = getattr(job.state, "step", "") or "preparing"
+        return views.note(step[0].upper() + step[1:] + " ...", "busy")
+
+
+def _remove_strays(folder: Path) -> None:
+    """Gradio leaves an empty file beside each upload; those that are a minute old go, newer ones may be in use."""
+    for path in folder.glob("tmp*"):
+        if path.is_file() and path.stat().st_size == 0 and time.time() - path.stat().st_mtime > _STRAY_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _request(values: Any) -> Request:
+    model, text, question, attention, granularity, *sizes = values
+    return Request(
+        model=str(model),
+        text=str(text or ""),
+        question=str(question or ""),
+        attention=str(attention),
+        sizes=dict(zip(SIZES, sizes, strict=True)),
+        slash_granularity=str(granularity),
+    )

@@ -1,0 +1,38 @@
+"""Dense against another attention on one prompt, on this machine: what the command line and the demo share.
+
+attentions: a choice of attention; prompts: a text with a question; timing: prefills, compilation apart; comparison: two
+attentions side by side; device: what computes and how much memory it took. Nothing here prints.
+"""
+
+from minference_jax.measure.attentions import (
+    DENSE,
+    SIZES,
+    ChosenAttention,
+    attention_of,
+    default_sizes,
+    takes_granularity,
+)
+from minference_jax.measure.comparison import Answer, Comparison, compare, greedy_tokens, side_by_side, steps_of
+from minference_jax.measure.device import device_name, peak_memory
+from minference_jax.measure.prompts import Prompt, encode_question
+from minference_jax.measure.timing import PrefillTimer
+
+__all__ = [
+    "DENSE",
+    "SIZES",
+    "Answer",
+    "ChosenAttention",
+    "Comparison",
+    "PrefillTimer",
+    "Prompt",
+    "attention_of",
+    "compare",
+    "default_sizes",
+    "device_name",
+    "encode_question",
+    "greedy_tokens",
+    "peak_memory",
+    "side_by_side",
+    "steps_of",
+    "takes_granularity",
+]

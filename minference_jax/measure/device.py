@@ -1,0 +1,34 @@
+"""What computes, and the most memory it has held."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+
+def device_name() -> str:
+    """The device that computes, with the number of usable cores where that is the CPU."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU {platform.machine()}, {cores} cores"
+
+
+def peak_memory() -> tuple[int | None, str]:
+    """The most memory held so far, in bytes, and whose: the device's where it says, else this process's."""
+    statistics_of_device = jax.devices()[0].memory_stats()
+    if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
+        return int(statistics_of_device["peak_bytes_in_use"]), "device"
+    if sys.platform == "win32":
+        return None, "process"
+    if sys.platform == "linux":  # not ru_maxrss: a new process starts with what the one that started it held
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024, "process"
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process"  # bytes on macOS

@@ -1,0 +1,131 @@
+"""The line before the device: one job at a time, of bounded length, and every job can be cancelled."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from minference_jax.demo import jobs
+from minference_jax.demo.jobs import Cancelled, Device
+from minference_jax.demo.service import follow, outcome
+from minference_jax.demo.settings import Refused
+
+
+@pytest.fixture
+def device():
+    device = Device(max_line=2)
+    yield device
+    device.close()
+
+
+def wait_for(job):
+    for _ in range(1000):
+        if job.done:
+            return
+        time.sleep(0.01)
+    pytest.fail("the job does not end")
+
+
+def held(device, visitor="someone"):
+    """Gives a job that runs until the event, which comes with it, is set."""
+    begun, go = threading.Event(), threading.Event()
+
+    def work(job):
+        begun.set()
+        while not go.wait(0.01):
+            job.check()
+
+    job = device.submit(visitor, work)
+    assert begun.wait(10)
+    return job, go
+
+
+def test_jobs_run_one_at_a_time_in_order(device):
+    order, running = [], []
+
+    def work(job):
+        running.append(job)
+        assert len(running) == 1
+        time.sleep(0.02)
+        running.remove(job)
+        order.append(job)
+
+    made = [device.submit(f"visitor {i}", work) for i in range(3)]
+    for job in made:
+        wait_for(job)
+        assert outcome(job) == ""
+    assert order == made
+
+
+def test_line_is_bounded_and_a_visitor_has_one_job(device):
+    first, go = held(device)
+    with pytest.raises(Refused, match="not over yet"):
+        device.submit("someone", lambda job: None)
+    second, third = (device.submit(name, lambda job: None) for name in ("second", "third"))
+    assert [device.before(job) for job in (first, second, third)] == [0, 1, 2]
+    with pytest.raises(Refused, match="2 runs wait already"):
+        device.submit("fourth", lambda job: None)
+    go.set()
+    wait_for(third)
+    wait_for(device.submit("fourth", lambda job: None))
+
+
+def test_cancelled_job_frees_the_device_for_the_next(device):
+    first, _ = held(device)
+    second = device.submit("next", lambda job: None)
+    assert device.cancel("someone")
+    wait_for(second)
+    assert (outcome(first), outcome(second)) == ("Cancelled: the device is free.", "")
+    assert not device.cancel("someone")
+
+
+def test_job_that_is_cancelled_while_it_waits_never_begins(device):
+    _, go = held(device)
+    begun = []
+    waiting = device.submit("waiting", begun.append)
+    waiting.cancel()
+    assert waiting.done
+    assert outcome(waiting).startswith("Cancelled")
+    go.set()
+    wait_for(device.submit("last", lambda job: None))
+    assert not begun
+
+
+def test_job_that_nobody_follows_stops(device, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 0.05)
+    job, _ = held(device)
+    wait_for(job)
+    with pytest.raises(Cancelled):
+        job.result()
+
+
+def test_job_is_cancelled_when_its_page_goes_away(device):
+    job, _ = held(device)
+
+    async def watch():
+        steps = follow(job)
+        await anext(steps)
+        await steps.aclose()
+
+    asyncio.run(watch())
+    assert job.cancelled
+    wait_for(job)
+
+
+def test_outcomes_are_sentences_and_faults_of_ours_are_raised(device):
+    cases = [
+        (Refused("No."), "No."),
+        (MemoryError(), "The device has too little memory for a text of this length: shorten it."),
+        (ValueError("sizes are wrong"), "This can't be run: sizes are wrong."),
+    ]
+    for error, sentence in cases:
+        wait_for(job := device.submit("someone", lambda job, error=error: throw(error)))
+        assert outcome(job) == sentence
+    wait_for(job := device.submit("someone", lambda job: throw(ZeroDivisionError("ours"))))
+    with pytest.raises(ZeroDivisionError):
+        outcome(job)
+
+
+def throw(error):
+    raise error

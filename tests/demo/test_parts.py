@@ -1,0 +1,182 @@
+"""Smaller parts of the demo: what is drawn, the energy counter, the shield before the server, the command."""
+
+import asyncio
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from minference_jax.cli import main
+from minference_jax.demo import energy, needle, views
+from minference_jax.demo.plots import History, Point, history_picture
+from minference_jax.demo.runs import RunState, Side, Summary
+from minference_jax.demo.shield import Shield
+from minference_jax.measure import attention_of
+
+SUMMARY = Summary(
+    dense_seconds=20.0,
+    sparse_seconds=5.0,
+    speedup=4.0,
+    density=0.25,
+    density_range=(0.2, 0.3),
+    implementations=("xla", "xla"),
+    agreed=3,
+    compared=4,
+    max_logit_difference=0.5,
+    peak_bytes=2_000_000_000,
+    peak_of="process",
+)
+STATE = RunState(attention_of("a_shape"), tokens=4000, dense=Side(2.0, (20.0,), None, "It is <b>red</b> now."))
+STATE = replace(STATE, sparse=Side(None, (5.0,), None, "It is <b>blue</b> now."), comparison=SUMMARY)
+
+
+def test_example_in_the_package_is_the_one_of_the_repository():
+    assert needle.prose() == (Path(__file__).parents[2] / "examples/persuasion.txt").read_text("utf-8")
+
+
+def test_differing_words_are_marked_and_everything_is_escaped():
+    assert views.mark_differences("one two three", "one 2 three") == (
+        "one <mark>two </mark>three",
+        "one <mark>2 </mark>three",
+    )
+    assert views.mark_differences("It is: 7", "It is 7.") == ("It is<mark>: </mark>7", "It is 7<mark>.</mark>")
+    page = views.answers(STATE)
+    assert "&lt;b&gt;<mark>red</mark>&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "The answers are the same" in views.answers(replace(STATE, sparse=STATE.dense))
+    assert "<script>" not in views.note("<script>")
+
+
+def test_numbers_are_dashes_then_run_then_stand():
+    assert views.numbers(None, 0.0).count("–") == 3
+    running = replace(STATE, comparison=None, active="dense", is_timed=True, began=100.0)
+    assert "12.5 s" in views.numbers(running, 112.5)
+    done = views.numbers(STATE, 0.0)
+    assert all(part in done for part in ("20.0 s", "5.00 s", "4.00×", "4,000 tokens", "density 0.25", "2.00 GB"))
+    assert "slower" not in done
+    assert "slower" in views.numbers(replace(STATE, comparison=replace(SUMMARY, speedup=0.9)), 0.0)
+
+
+def test_energy_is_shown_where_it_is_measured_and_else_why_not():
+    assert "not measured: no card" in views.details(STATE, no_energy="no card")
+    measured = replace(STATE, dense=replace(STATE.dense, joules=900.0), sparse=replace(STATE.sparse, joules=300.0))
+    assert "900 J dense, 300 J sparse" in views.numbers(measured, 0.0)
+    assert "300 J" in views.details(measured, no_energy="")
+
+
+def test_plot_is_of_the_runs_of_one_model():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    history = History()
+    assert history_picture(history.of("a")) == ""
+    for tokens in (4000, 2000):
+        history.add(Point("a", "a_shape 1, 2", tokens, 2.0, 1.0))
+    history.add(Point("b", "minference", 100, 2.0, 1.0))
+    assert [point.tokens for point in history.of("a")] == [2000, 4000]
+    assert history_picture(history.of("a")).startswith("data:image/png;base64,")
+    for number in range(300):
+        history.add(Point("a", "a_shape 1, 2", number, 2.0, 1.0))
+    assert len(history.of("a")) == 200
+
+
+class Card:
+    """What energy asks of pynvml, for two cards of which CUDA sees the second."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+
+    def __init__(self, name):
+        self.name, self.asked = name, []
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        self.asked.append(index)
+
+    def nvmlDeviceGetHandleByUUID(self, name):
+        self.asked.append(name)
+
+    def nvmlDeviceGetName(self, handle):
+        return self.name
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return 12_500
+
+
+@pytest.mark.parametrize(("visible", "asked"), [(None, 0), ("1", 1), ("GPU-abc,GPU-def", "GPU-abc")])
+def test_energy_is_that_of_the_card_that_cuda_shows(monkeypatch, visible, asked):
+    card = Card("NVIDIA A1")
+    device = SimpleNamespace(platform="gpu", local_hardware_id=0, device_kind="NVIDIA A1")
+    monkeypatch.setattr(energy.jax, "devices", lambda: [device])
+    monkeypatch.setitem(sys.modules, "pynvml", card)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    counter = energy.open_counter()
+    assert (counter.read(), counter.reason, card.asked) == (12.5, "", [asked])
+    monkeypatch.setitem(sys.modules, "pynvml", Card("NVIDIA A2"))
+    counter = energy.open_counter()
+    assert counter.read() is None
+    assert "not clear which one computes" in counter.reason
+
+
+def test_there_is_no_energy_counter_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(energy.jax, "devices", lambda: [SimpleNamespace(platform="cpu")])
+    assert energy.open_counter().reason == "energy is measured on NVIDIA GPUs only"
+
+
+def asks(folder, *, path="/x", headers=(), chunks=(b"",)):
+    """Sends a request through a shield; gives the status that came back, and the body that came through."""
+    got, sent = [], []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            got.append(message["body"])
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    parts = [{"type": "http.request", "body": body, "more_body": True} for body in chunks]
+    parts[-1]["more_body"] = False
+    queue = iter(parts)
+
+    async def receive():
+        return next(queue)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    asyncio.run(Shield(app, max_body=100, folder=folder, max_folder=50)(scope, receive, send))
+    return sent[0]["status"], b"".join(got), dict(sent[0]["headers"])
+
+
+def test_shield_bounds_bodies_and_uploads_and_keeps_the_page_at_home(tmp_path):
+    status, body, headers = asks(tmp_path, chunks=[b"a" * 50, b"b" * 50])
+    assert (status, len(body)) == (200, 100)
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert asks(tmp_path, headers=[(b"content-length", b"101")])[0] == 413
+    assert len(asks(tmp_path, chunks=[b"a" * 60, b"b" * 60, b"c" * 60])[1]) == 60  # one that does not say its length
+    assert asks(tmp_path, path="/gradio_api/upload")[0] == 200
+    (tmp_path / "lies-about").write_bytes(bytes(51))
+    assert asks(tmp_path, path="/gradio_api/upload")[0] == 503
+    assert asks(tmp_path)[0] == 200
+
+
+def test_command_says_which_package_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said == "minference-jax: error: the demo needs gradio: pip install 'minference-jax[demo]'\n"
+
+
+@pytest.mark.parametrize("options", [["--attention", "dense"], ["--max-line", "-1"], ["--max-prompt-tokens", "0"]])
+def test_command_refuses_options_in_a_sentence(options, capsys):
+    assert main(["demo", *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_numbers_of_a_run_that_is_over_stand_still():
+    assert views.numbers(STATE, 0.0) == views.numbers(STATE, time.monotonic())

@@ -1,0 +1,193 @@
+"""What visitors may ask of the demo, and what they get, without a browser and without Gradio."""
+
+import math
+import time
+
+import pytest
+
+from minference_jax import load
+from minference_jax.demo.models import Models, labels_of
+from minference_jax.demo.needle import make_example, prose
+from minference_jax.demo.service import outcome
+from minference_jax.demo.settings import Refused
+from minference_jax.measure import compare, encode_question
+
+pytestmark = pytest.mark.xdist_group("browser")  # one process compiles what both run
+
+
+def finish(job):
+    for _ in range(12_000):
+        job.seen()
+        if job.done:
+            return outcome(job)
+        time.sleep(0.01)
+    pytest.fail("the job does not end")
+
+
+def test_run_gives_what_the_command_line_gives(make_service, make_request, model):
+    service, request = make_service(read=iter(range(0, 1000, 10)).__next__, repeats=2), make_request()
+    job = service.submit_run("visitor", request)
+    assert finish(job) == ""
+    state = job.state
+    prompt = encode_question(model, request.text, request.question)
+    options = {"implementation": None, "max_new_tokens": 6, "repeats": 1}
+    expected = compare(model, prompt.tokens, attention=request.chosen(), **options)
+    assert (state.dense.answer, state.sparse.answer) == (expected.dense.text, expected.sparse.text)
+    found = state.comparison
+    assert (found.agreed, found.compared) == (expected.agreed, expected.compared)
+    assert found.density == pytest.approx(expected.density.mean())
+    assert found.max_logit_difference == pytest.approx(expected.max_logit_difference, rel=1e-3)
+    assert found.speedup == found.dense_seconds / found.sparse_seconds
+    assert [len(side.seconds) for side in (state.dense, state.sparse)] == [2, 2]
+    assert (state.dense.joules, state.sparse.joules) == (20, 20)  # 10 between each two readings, two runs each
+    assert (state.tokens, state.step) == (len(prompt.tokens), "")
+    (point,) = service.history.of("tiny")
+    assert (point.tokens, point.attention) == (state.tokens, "a_shape 8, 16")
+    assert not any(request.text in str(part) for part in point)
+
+
+def test_answers_stream_and_a_cancelled_run_stops_between_tokens(make_service, make_request, monkeypatch):
+    service = make_service(max_new_tokens=50)
+    seen = []
+    monkeypatch.setattr("minference_jax.demo.runs.time.monotonic", time.monotonic)
+
+    class Watch:
+        def __init__(self, job):
+            self.job = job
+
+        def __call__(self):
+            seen.append((self.job.state.dense.answer, self.job.state.sparse.answer))
+            if len(seen) == 20:
+                self.job.cancel()
+            return type(self.job).check(self.job)
+
+    submit = service.device.submit
+
+    def watched(visitor, work):
+        def begin(job):
+            job.check = lambda: Watch(job)() if job.state and job.state.step == "answering" else None
+            work(job)
+
+        return submit(visitor, begin)
+
+    monkeypatch.setattr(service.device, "submit", watched)
+    job = service.submit_run("visitor", make_request())
+    assert finish(job) == "Cancelled: the device is free."
+    assert len(seen) == 20
+    lengths = [len(dense) + len(sparse) for dense, sparse in seen]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 0
+    assert job.state.comparison is None
+    assert service.history.of("tiny") == []
+
+
+def test_inspection_gives_a_picture_and_passages(make_service, make_request, model):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    service = make_service()
+    job = service.submit_inspection("visitor", make_request(), 1, 2.0)
+    assert finish(job) == ""
+    state = job.state
+    assert state.picture.startswith("data:image/png;base64,")
+    assert (state.layer, state.head, state.num_heads) == (1, 2, 8)
+    assert state.left_out
+    for layer, head in ((2, 0), (0, 4), (-1, 0)):
+        assert finish(service.submit_inspection("visitor", make_request(), layer, head)).startswith(
+            "The model has layers"
+        )
+    with pytest.raises(Refused, match="whole numbers"):
+        service.submit_inspection("visitor", make_request(), 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"text": " \n"}, "There is no text"),
+        ({"question": ""}, "There is no question"),
+        ({"text": "a" * 1200}, "tokens, and this demo reads at most 1,000: shorten the text by about 2"),
+        ({"text": "a" * 24_001}, "characters, and this demo takes at most 24,000"),
+        ({"attention": "flash"}, "no such attention"),
+        ({"attention": "dense"}, "no such attention"),
+        ({"slash_granularity": "page"}, "no such attention"),
+        ({"sizes": {"sink_size": 8, "window_size": 0}}, "window_size must be between 1 and 1,000,000, not 0"),
+        ({"sizes": {"sink_size": 1e300, "window_size": 1}}, "sink_size must be between"),
+        ({"sizes": {"sink_size": 1.5, "window_size": 1}}, "sink_size must be a whole number"),
+        ({"sizes": {"sink_size": math.nan, "window_size": 1}}, "sink_size must be a whole number"),
+        ({"sizes": {"sink_size": math.inf, "window_size": 1}}, "sink_size must be a whole number"),
+        ({"sizes": {"sink_size": "8", "window_size": 1}}, "sink_size must be a whole number"),
+        ({"sizes": {"window_size": 1}}, "sink_size must be a whole number"),
+    ],
+)
+def test_what_is_not_offered_is_refused_before_it_waits(make_service, make_request, changes, sentence):
+    with pytest.raises(Refused, match=sentence):
+        make_service().submit_run("visitor", make_request(**changes))
+
+
+def test_text_and_answer_must_have_room_in_the_model(make_service, make_request):
+    service = make_service(max_prompt_tokens=4096, max_new_tokens=3500)
+    with pytest.raises(Refused, match="the answer up to 3500, and tiny has room for 4,096 in all"):
+        service.submit_run("visitor", make_request(text="a" * 700))
+
+
+def test_visitors_choose_among_the_operators_models_only(make_service, make_request, model):
+    asked = []
+    models = Models(labels_of(["/home/somebody/one", "organisation/two"]), lambda source: asked.append(source) or model)
+    assert models.labels == ["one", "two"]
+    assert models.get("one") is models.get("one")
+    assert models.in_memory("two") is None
+    models.get("two")
+    assert models.in_memory("one") is None
+    for label in ("/etc", "../one", "organisation/other", "/home/somebody/one", ""):
+        with pytest.raises(Refused, match="no such model"):
+            models.get(label)
+    assert asked == ["/home/somebody/one", "organisation/two"]
+    with pytest.raises(ValueError, match="two models are called one"):
+        labels_of(["a/one", "b/one"])
+    assert finish(make_service().submit_run("visitor", make_request(model="/etc"))) == "There is no such model here."
+
+
+def test_fault_in_loading_is_told_to_the_operator_not_to_the_visitor(make_service, make_request, capsys):
+    service = make_service()
+    service.models = Models({"big": "/secret/big"}, lambda source: load(source))
+    said = finish(service.submit_run("visitor", make_request(model="big")))
+    assert said == "big can't be loaded; the operator's terminal says why."
+    assert "/secret/big" in capsys.readouterr().err
+
+
+def test_programs_are_dropped_where_visitors_asked_for_very_many(make_service, monkeypatch):
+    cleared = []
+    monkeypatch.setattr("minference_jax.demo.service.jax.clear_caches", lambda: cleared.append(1))
+    service = make_service()
+    for number in (*range(64), *range(64)):
+        service._forget_programs(number)
+    assert not cleared
+    service._forget_programs(64)
+    assert cleared == [1]
+
+
+@pytest.mark.parametrize("depth", [0, 0.4, 1])
+def test_example_hides_a_number_at_its_depth(model, depth):
+    example = make_example(model, 2000, depth)
+    assert example.number in example.text
+    assert example.number not in example.question
+    assert 1500 < example.tokens <= 2000
+    assert example.tokens == len(encode_question(model, example.text, example.question).tokens)
+    place = example.text.index(example.number) / len(example.text)
+    assert abs(place - depth) < 0.2
+
+
+def test_long_example_repeats_the_prose(model):
+    example = make_example(model, 70_000, 0.5)
+    assert 69_000 < example.tokens <= 70_000
+    assert example.text.count(prose()[:200].strip()) >= 2
+
+
+def test_example_is_made_in_the_line_and_mistakes_are_refused(make_service):
+    service = make_service()
+    job = service.submit_example("visitor", "tiny", 900.0, 0.25)
+    assert finish(job) == ""
+    assert job.state.tokens <= 900
+    assert "too few for an example" in finish(service.submit_example("visitor", "tiny", 10, 0.5))
+    assert "between 0 and 1" in finish(service.submit_example("visitor", "tiny", 900, 2))
+    for length, depth in ((1001, 0.5), ("900", 0.5), (900, None), (math.nan, 0)):
+        with pytest.raises(Refused):
+            service.submit_example("visitor", "tiny", length, depth)
