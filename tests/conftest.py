@@ -30,6 +30,17 @@ def _no_stored_tiles(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_compile(request):
+    """On a CPU programs of tests are compiled with few optimisations, but for those marked `optimized`.
+
+    Most run once, on small arrays, and take longer to compile than to run.
+    """
+    if jax.default_backend() == "cpu":
+        is_optimized = request.node.get_closest_marker("optimized") is not None
+        jax.config.update("jax_disable_most_optimizations", not is_optimized)
+
+
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """Drops compiled programs where a process has very many."""

@@ -12,7 +12,7 @@ from minference_jax import niah_samples
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (ROOT / "benchmarks" / "niah_book_template.txt").read_text("utf-8")
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.optimized]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def is_found(model, prefilled, sample):
     return False
 
 
-@pytest.mark.parametrize(("length", "step"), [(2048, 2), pytest.param(4096, 3, marks=pytest.mark.slow)])
-def test_minference_finds_every_needle_that_dense_finds(model, length, step, record_property):
+def test_minference_finds_every_needle_that_dense_finds(model, record_property):
+    length, step = 2048, 2
     text = (ROOT / "examples" / "persuasion.txt").read_text("utf-8")
     missed_by_both, missed_by_minference, densities = [], [], []
     for sample in islice(niah_samples(model, text, [length], template=TEMPLATE), 0, None, step):

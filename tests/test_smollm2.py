@@ -10,7 +10,7 @@ from minference_jax.models import Glm, parameters_of
 
 LOGITS_RELATIVE = 1e-4  # float32 sums in another order, over thirty layers; measured 4e-6
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.optimized]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,11 @@ from minference_jax.models import from_parameters
 from minference_jax.patterns import VerticalSlash
 
 LOGITS_RELATIVE = 1e-4  # float32 sums in another order, over three layers; measured about 3e-6
-CASES = pytest.mark.parametrize("name", [*tiny_models.CASES, *families.CASES])
+CASES = pytest.mark.parametrize(
+    "name",
+    # one process of a parallel run has all of a model: its program is compiled once
+    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in [*tiny_models.CASES, *families.CASES]],
+)
 
 
 def config_of(name):
