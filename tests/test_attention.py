@@ -88,13 +88,7 @@ CASES = {
 }
 
 
-SHORT = (
-    "one token over a tile",
-    "last chunk of an exact cache",
-    "batch of unequal lengths",
-    "chunks of a batch",
-    "one query over a cache",
-)
+SHORT = ("batch of unequal lengths", "chunks of a batch", "one query over a cache")
 """Cases for Pallas' interpreter, which takes seconds for each."""
 
 
