@@ -89,13 +89,14 @@ CASES = {
 
 
 SHORT = ("batch of unequal lengths", "chunks of a batch", "one query over a cache")
-"""Cases for Pallas' interpreter, which takes seconds for each."""
+"""Cases for Pallas' interpreter, which takes seconds for each, and for a quick run."""
 
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        *itertools.product(CASES, ["xla"]),
+        *itertools.product(SHORT, ["xla"]),
+        *(pytest.param(name, "xla", marks=pytest.mark.slow) for name in CASES if name not in SHORT),
         *itertools.product(SHORT, [INTERPRETED.name]),
         *(pytest.param(name, "triton", marks=pytest.mark.gpu) for name in CASES),
     ],

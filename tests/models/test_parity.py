@@ -15,10 +15,16 @@ from minference_jax.models import from_parameters
 from minference_jax.patterns import VerticalSlash
 
 LOGITS_RELATIVE = 1e-4  # float32 sums in another order, over three layers; measured about 3e-6
+SHORT = ("default_untied", "qwen3", "phi3_longrope_long", "glm4")  # the others are left out by -m "not slow"
+
+
+def marks(name):
+    """One process of a parallel run has all of a model: its program is compiled once."""
+    return [pytest.mark.xdist_group(name), *([] if name in SHORT else [pytest.mark.slow])]
+
+
 CASES = pytest.mark.parametrize(
-    "name",
-    # one process of a parallel run has all of a model: its program is compiled once
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in [*tiny_models.CASES, *families.CASES]],
+    "name", [pytest.param(name, marks=marks(name)) for name in [*tiny_models.CASES, *families.CASES]]
 )
 
 
@@ -88,7 +94,7 @@ def test_committed_tokens_show_that_dynamic_rope_depends_on_the_length():
     assert default != crossing
 
 
-@pytest.mark.parametrize("name", ["default_untied", "qwen3", "phi3_longrope_long", "glm4"])
+@pytest.mark.parametrize("name", SHORT)
 def test_attention_that_keeps_everything_gives_the_logits_of_dense_attention(name):
     config = config_of(name)
     model = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)), stop_tokens=())
