@@ -21,6 +21,7 @@ from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
 from minference_jax.measure import ChosenAttention, compare, greedy_tokens
 
+pytestmark = pytest.mark.usefixtures("oracle_first")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
 QUESTION = "\n\n---\n\nQuestion about the text above: Who?"
 ASKED = TEXT.rstrip() + QUESTION
