@@ -132,6 +132,7 @@ def test_inspect_prints_tables_and_draws(run, tmp_path):
         ("search out.json --budget 1", "'1' must be a number above 0 and below 1"),
         ("search out.json --candidates diagonal:3", "must begin with one of a_shape, vertical_slash, block_sparse"),
         ("search out.json --candidates a_shape:3", "needs its sizes: a_shape:SINK_SIZE,WINDOW_SIZE"),
+        ("search out.json --published ./out.json", "is the output itself: name another file"),
         ("search out.json --question Why?", "--question goes with --prompt-file"),
         ("search out.json --prompt-file text.txt --seed 3", "--seed is for generated prompts"),
         ("search out.json --prompt-file absent.txt", "absent.txt: No such file or directory"),

@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     quantile(arguments.confidence)
     if arguments.plot is not None:
         check_plot(arguments.plot)
+    files = [Path(name).resolve() for name in (arguments.output, arguments.summary) if name is not None]
+    if len(set(files)) < len(files):
+        raise ValueError(f"--output and --summary are both {arguments.output}: name another file")
     contenders = with_dense(choose_contenders(arguments))
     text = None if getattr(arguments, "text", None) is None else read_text(arguments.text)
     model = load_model(arguments)

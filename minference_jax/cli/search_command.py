@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 from collections import Counter
@@ -83,6 +82,8 @@ def _check(arguments: argparse.Namespace, output: Path) -> None:
             raise ValueError(f"{path} exists: name another file, or give --overwrite")
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent} is no folder, so {path.name} can't be written there")
+    if arguments.published is not None and Path(arguments.published).resolve() == output.resolve():
+        raise ValueError(f"--published {arguments.published} is the output itself: name another file")
 
 
 def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[str] | None) -> list[list[int]]:
@@ -95,7 +96,7 @@ def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[st
     for name, text in zip(arguments.prompt_file, texts, strict=True):
         if not text.strip():
             raise ValueError(f"{name} is empty")
-        prompts.append(encode_prompt(model, text, copy.copy(arguments)).tokens)
+        prompts.append(encode_prompt(model, text, arguments).tokens)
     return prompts
 
 

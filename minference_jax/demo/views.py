@@ -189,7 +189,7 @@ def _left_out(passages: tuple[LeftOut, ...], num_heads: int) -> str:
         return '<p class="hint">No head leaves anything out for the last queries.</p>'
     intro = (
         "Passages of which the last queries, from which the answer begins, lose most attention, mean over all heads. "
-        "What no head reads can't be in the answer."
+        "What no head reads can reach the answer only by way of tokens between."
     )
     rows = [
         f'<div class="passage"><div class="title">tokens {one.start:,} to {one.end - 1:,} · {one.lost:.2%} of the '

@@ -35,9 +35,9 @@ def evaluate_answers(
     A prompt is read by the contender's attention and answered with dense attention over its cache. Samples that follow
     one another and ask about one context share its prefill: what their prompts begin with alike is read once by the
     contender's attention, and the rest of each prompt, where it is an eighth at most, with dense attention over that
-    cache. The choice of what to keep
-    then knows nothing of the question, which is harder for sparse attention than the paper's protocol, where the whole
-    prompt with its question is read at once. For dense attention it makes no difference.
+    cache. The choice of what to keep then knows nothing of the question, which is harder for sparse attention than the
+    paper's protocol, where the whole prompt with its question is read at once. For dense attention it makes no
+    difference.
 
     Args:
         model: that reads and answers.

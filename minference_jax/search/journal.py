@@ -43,7 +43,7 @@ class Journal:
         self.layers: list[LayerResult] = []
         if self._path is None:
             return
-        if not self._path.exists():
+        if not self._path.exists() or self._path.stat().st_size == 0:  # empty: killed before the header was written
             header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "settings": settings}
             self._path.write_text(json.dumps(header, allow_nan=False) + "\n", encoding="utf-8")
             return

@@ -143,6 +143,7 @@ def test_attentions_are_named_and_sized(files, monkeypatch):
         ("niah --text short.txt --model MODEL --lengths 2000", "niah: length=2000 needs more material than there is"),
         ("niah --text prose.txt --model MODEL --lengths 3000", "positions, the model has 2048"),
         ("niah --text prose.txt --lengths 0", "'0' must be an integer of at least 1"),
+        ("niah --text prose.txt --output a.jsonl --summary ./a.jsonl", "are both a.jsonl: name another file"),
         ("niah --text prose.txt --confidence 1.5", "confidence=1.5 must lie between 0 and 1"),
         ("niah --text prose.txt --attentions a_shape", "a_shape costs as much as a sparse attention named before it"),
         ("niah --text prose.txt --attentions a_shape:8", "needs its sizes: a_shape:SINK_SIZE,WINDOW_SIZE"),
