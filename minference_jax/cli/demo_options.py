@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from minference_jax.cli.parser import MODEL_HELP, add_attention, add_progress
-from minference_jax.cli.values import positive
+from minference_jax.cli.values import not_negative, port, positive
 from minference_jax.kernels.tiles import DTYPES
 
 _ATTENTIONS = ("minference", "auto", "vertical_slash", "a_shape", "block_sparse")
@@ -17,9 +16,9 @@ def add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="a page in the browser: dense and sparse prefill of one text, side by side",
-        description="Serve a page on which anyone pastes a long text and compares dense with sparse prefill. Texts are "
-        "not stored; one run at a time; only this machine can reach it unless --host says otherwise. Needs the extra "
-        "demo.",
+        description="Serve a page on which anyone pastes a long text and compares dense with sparse prefill. Texts "
+        "are not written to disk; one run at a time; only this machine can reach it unless --host says otherwise. "
+        "Needs the extra demo.",
     )
     parser.set_defaults(module="demo_command")
     parser.add_argument(
@@ -38,15 +37,4 @@ def add_demo(commands: Any) -> None:
     group = parser.add_argument_group("page")
     group.add_argument("--example-tokens", type=positive, metavar="N", help="of the first example (half of the most)")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1: this machine)")
-    group.add_argument("--port", type=positive, metavar="N", help="to listen on (the first free one from 7860 on)")
-
-
-def not_negative(text: str) -> int:
-    """An integer of at least 0, for argparse.
-
-    Raises:
-        ArgumentTypeError: anything else.
-    """
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
-    return int(text)
+    group.add_argument("--port", type=port, metavar="N", help="to listen on (the first free one from 7860 on)")

@@ -29,6 +29,28 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """An integer of at least 0.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """An integer from 1 to 65535.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a port: an integer from 1 to 65535")
+    return int(text)
+
+
 def four_sizes(text: str) -> tuple[int, ...]:
     """Four integers of at least 1 with commas between them.
 

@@ -15,11 +15,11 @@ from minference_jax.demo.plots import history_picture
 from minference_jax.demo.runs import RunState
 from minference_jax.demo.service import Request, Service, follow, outcome
 from minference_jax.demo.settings import Refused
+from minference_jax.demo.shield import is_inside
 from minference_jax.demo.uploads import read_upload
 from minference_jax.measure import SIZES, default_sizes, takes_granularity
 
 _FAULT = "The demo failed for a reason of its own; the operator's terminal says which."
-_STRAY_SECONDS = 60
 _CANCELLING = "Cancelling: a prefill or compilation that runs can't be interrupted, the device stops behind it."
 
 
@@ -29,10 +29,11 @@ class Events:
     Args:
         gr: the module gradio.
         service: behind the page.
+        folder: where uploads lie.
     """
 
-    def __init__(self, gr: Any, service: Service):
-        self._gr, self._service = gr, service
+    def __init__(self, gr: Any, service: Service, folder: Path):
+        self._gr, self._service, self._folder = gr, service, folder
         for handler in (Events.run, Events.inspect, Events.example, Events.cancel, Events.leave):
             handler.__annotations__["request"] = gr.Request  # what tells Gradio to pass one
 
@@ -74,7 +75,8 @@ class Events:
 
     def upload(self, path: str) -> tuple[Any, Any]:
         """Gives status and text; the file is gone then."""
-        _remove_strays(Path(path).parents[1])
+        if not is_inside(path, self._folder):
+            return views.note("There is no such upload here.", "bad"), self._gr.skip()
         try:
             raw = Path(path).read_bytes()
         except FileNotFoundError:
@@ -133,13 +135,6 @@ class Events:
             return views.note(f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} before yours.", "busy")
         step = getattr(job.state, "step", "") or "preparing"
         return views.note(step[0].upper() + step[1:] + " ...", "busy")
-
-
-def _remove_strays(folder: Path) -> None:
-    """Gradio leaves an empty file beside each upload; those that are a minute old go, newer ones may be in use."""
-    for path in folder.glob("tmp*"):
-        if path.is_file() and path.stat().st_size == 0 and time.time() - path.stat().st_mtime > _STRAY_SECONDS:
-            path.unlink(missing_ok=True)
 
 
 def _request(values: Any) -> Request:

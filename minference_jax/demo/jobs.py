@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 from minference_jax.demo.settings import Refused
 
 PATIENCE = 30.0
-"""Seconds after which a job whose page is not heard of stops."""
+"""Seconds after which a job that no handler of a page follows any more stops."""
 
 
 class Cancelled(Exception):
     """A job was asked to stop, or nobody follows it any more."""
+
+
+EXPECTED = (Cancelled, Refused, ValueError, NotImplementedError, MemoryError)
+"""What work may raise; anything else is a fault of ours, and its traceback is for the operator."""
 
 
 class Job:
@@ -99,8 +104,15 @@ class Device:
             job = Job()
 
             def begin() -> None:
-                job.check()
-                work(job)
+                try:
+                    job.check()
+                    work(job)
+                except Exception as error:
+                    if not isinstance(error, EXPECTED):
+                        traceback.print_exception(error)
+                    # Its frames hold what is on the device, until a collection of garbage that may be far off.
+                    error.__context__ = error.__cause__ = None
+                    raise error.with_traceback(None) from None
 
             job._future = self._thread.submit(begin)
             self._jobs.append((visitor, job))

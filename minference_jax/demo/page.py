@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from minference_jax.demo import views
@@ -41,7 +42,7 @@ class Inputs(NamedTuple):
         return [self.model, self.text, self.question, self.attention, self.granularity, *self.sizes]
 
 
-def build_page(service: Service, attention: ChosenAttention, example: Example, device: str) -> Any:
+def build_page(service: Service, attention: ChosenAttention, example: Example, device: str, folder: Path) -> Any:
     """The page, as gradio.Blocks that are not launched.
 
     Args:
@@ -49,13 +50,14 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
         attention: to begin with.
         example: to begin with.
         device: that computes, in words.
+        folder: where uploads lie.
 
     Raises:
         ImportError: there is no Gradio.
     """
     import gradio as gr
 
-    events = Events(gr, service)
+    events = Events(gr, service, folder)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(30, 60), fill_width=False) as page:
         gr.HTML(_intro(service, device), padding=False)
         with gr.Row():
@@ -94,7 +96,7 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
 
 def _intro(service: Service, device: str) -> str:
     most = f"up to {service.settings.max_prompt_tokens:,} tokens"
-    where = f"Model: {', '.join(service.models.labels)} · Device: {device} · {most} · texts are not stored"
+    where = f"Model: {', '.join(service.models.labels)} · Device: {device} · {most} · texts are not written to disk"
     return f'<div class="intro"><h1>{TITLE}</h1><p>{_INTRO}</p><p class="where">{escape(where)}</p></div>'
 
 
@@ -143,7 +145,7 @@ def _inspection(gr: Any) -> tuple[list[Any], Any, Any]:
         padding=False,
     )
     with gr.Row():
-        layer = gr.Number(0, label="layer", precision=0, minimum=0, min_width=80, elem_id="layer")
-        head = gr.Number(0, label="head", precision=0, minimum=0, min_width=80, elem_id="head")
+        layer = gr.Number(0, label="layer", precision=0, min_width=80, elem_id="layer")
+        head = gr.Number(0, label="head", precision=0, min_width=80, elem_id="head")
     button = gr.Button("Show what is kept", size="sm", elem_id="show")
     return [layer, head], button, gr.HTML("", elem_id="kept", padding=False)

@@ -59,7 +59,7 @@ def serving(
         page = None
         try:
             example = make_example(service.models.get(service.models.labels[0]), example_tokens, 0.5)
-            page = build_page(service, attention, example, device_name())
+            page = build_page(service, attention, example, device_name(), Path(folder))
             page.queue(api_open=False, max_size=8 * (service.settings.max_line + 1))
             yield _launch(page, host, port, _options(service, folder))
         finally:

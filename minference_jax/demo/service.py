@@ -170,8 +170,10 @@ class Service:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a number that came from a page is a whole one; not so infinity and NaN."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and float(value).is_integer()
+    """Whether what came from a page is a whole number; not so infinity and NaN."""
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def label_of(attention: ChosenAttention) -> str:
@@ -201,7 +203,7 @@ def outcome(job: Job) -> str:
     try:
         job.result()
     except Cancelled:
-        return "Cancelled: the device is free."
+        return "Cancelled."
     except Refused as error:
         return str(error)
     except MemoryError:

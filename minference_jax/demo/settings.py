@@ -51,6 +51,10 @@ class Settings:
             raise Refused("There is no text: paste one, upload a file, or take the example.")
         if not question.strip():
             raise Refused("There is no question: ask something about the text.")
+        try:
+            f"{text}{question}".encode()
+        except UnicodeEncodeError:
+            raise Refused("The text or the question holds half of a character: paste it again.") from None
         size = len(text) + len(question)
         if size > self.max_characters:
             raise Refused(

@@ -1,7 +1,10 @@
-"""What requests may bring, and where the page may go: an ASGI middleware."""
+"""What may be requested and what requests may bring, and where the page may go: an ASGI middleware."""
 
 from __future__ import annotations
 
+import json
+import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'"
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 HEADERS = {
     b"content-security-policy": _POLICY.encode(),  # the browser asks no other site for anything
@@ -22,8 +25,19 @@ HEADERS = {
 }
 
 
+_GET = re.compile(
+    r"/(config/?|favicon\.ico|theme\.css|robots\.txt|manifest\.json|(assets|static|svelte)/.*)?|"
+    r"/gradio_api/(startup-events|queue/data|upload_progress|heartbeat/[^/]*)"
+)
+_POST = re.compile(r"/gradio_api/(queue/join|run/predict|upload|cancel|reset)/?")
+_STRAY_SECONDS = 60
+
+
 class Shield:
-    """Refuses bodies that are too large and uploads while too many lie about, and adds headers.
+    """Lets through what the page asks for and nothing else that Gradio offers, bounds what it brings, adds headers.
+
+    Refused: other addresses, bodies that are too large, files that were not uploaded here, uploads while too many lie
+    about.
 
     Args:
         app: the application behind.
@@ -37,15 +51,43 @@ class Shield:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self._request(scope, receive, send)
+        elif scope["type"] == "lifespan":  # no websockets: the page has none
             await self._app(scope, receive, send)
+
+    async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
+        allowed = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(scope["method"])
+        if allowed is None or not allowed.fullmatch(scope["path"]):
+            await _say(send, 404, b"There is no such page here.")
             return
-        if int(dict(scope["headers"]).get(b"content-length", b"0") or 0) > self._max_body:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
             await _say(send, 413, b"The request is too large.")
             return
-        if scope["method"] == "POST" and scope["path"].endswith("/upload") and self._is_full():
-            await _say(send, 503, b"Too many uploads at once: please try again in a minute.")
-            return
+        is_upload = "/upload" in scope["path"] and scope["method"] == "POST"
+        if is_upload:
+            remove_strays(self._folder)
+            if self._is_full():
+                await _say(send, 503, b"Too many uploads at once: please try again in a minute.")
+                return
+        received = self._counted(receive)
+        if scope["method"] == "POST" and not is_upload:
+            body = await _whole(received)
+            if body is None or not self._brings_own_files_only(body):
+                await _say(send, 400, b"The request is broken, too large, or names a file that was not uploaded here.")
+                return
+            received = _again(body, receive)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS.items()]
+            await send(message)
+
+        await self._app(scope, received, with_headers)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """The same messages, as if the client had gone where they are too much."""
         got = 0
 
         async def counted() -> Message:
@@ -54,17 +96,63 @@ class Shield:
             got += len(message.get("body", b""))
             return {"type": "http.disconnect"} if got > self._max_body else message
 
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *HEADERS.items()]
-            await send(message)
+        return counted
 
-        await self._app(scope, counted, with_headers)
+    def _brings_own_files_only(self, body: bytes) -> bool:
+        """Whether it is JSON in which every file is one in the folder: Gradio would fetch others, from anywhere."""
+        try:
+            waiting = [json.loads(body)] if body else []
+        except (ValueError, RecursionError):
+            return False
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                if "path" in value and not is_inside(value["path"], self._folder):
+                    return False
+                waiting += value.values()
+            elif isinstance(value, list):
+                waiting += value
+        return True
 
     def _is_full(self) -> bool:
         return sum(path.lstat().st_size for path in self._folder.rglob("*") if path.is_file()) > self._max_folder
 
 
+def is_inside(path: Any, folder: Path) -> bool:
+    """Whether this is the path of something in a folder."""
+    return isinstance(path, str) and "\0" not in path and folder.resolve() in Path(path).resolve().parents
+
+
+def remove_strays(folder: Path) -> None:
+    """Removes what lies right in the folder: Gradio moves whole uploads further down, and keeps what was broken off."""
+    for path in folder.iterdir():
+        if path.is_file() and time.time() - path.stat().st_mtime > _STRAY_SECONDS:  # newer ones may be in use
+            path.unlink(missing_ok=True)
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """The body; None where the client went away before its end."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read, then what comes behind it."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return replayed
+
+
 async def _say(send: Send, status: int, text: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    headers = [(b"content-type", b"text/plain"), *HEADERS.items()]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})

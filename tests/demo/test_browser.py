@@ -146,9 +146,8 @@ def test_pasted_text_is_run_and_both_answers_are_shown(visit, demo, capfd):
     assert SECRET not in printed.out + printed.err
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert [path for path in folder.rglob("*") if path.is_file()] == []  # no picture, no text
-    information = page.request.get(f"{address}gradio_api/info").json()
-    assert information["named_endpoints"] == {}
-    assert page.request.get(f"{address}gradio_api/file=/etc/passwd").status in (403, 404)
+    for path in ("info", "file=/etc/passwd"):
+        assert page.request.get(f"{address}gradio_api/{path}").status == 404
 
 
 def test_uploads_are_read_into_the_page_and_deleted(visit, demo, tmp_path):
@@ -186,7 +185,7 @@ def test_second_visitor_waits_a_third_is_sent_away_and_a_cancelled_run_frees_the
     third.click("#run")
     wait_for(third, "1 runs wait already")
     second.click("#cancel")
-    wait_for(second, "Cancelled: the device is free.")
+    wait_for(second, "Cancelled.")
     third.click("#run")
     wait_for(third, "Waiting: 1 run is before yours.")
     go.set()
@@ -205,7 +204,7 @@ def test_run_is_cancelled_between_two_prefills(visit, demo):
     page.click("#run")
     wait_for(page, "run 1", "#status")
     page.click("#cancel")
-    wait_for(page, "Cancelled: the device is free.")
+    wait_for(page, "Cancelled.")
     assert page.is_enabled("#run")
     assert service.history.of("tiny") == []
 

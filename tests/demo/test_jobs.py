@@ -1,8 +1,10 @@
 """The line before the device: one job at a time, of bounded length, and every job can be cancelled."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -76,7 +78,7 @@ def test_cancelled_job_frees_the_device_for_the_next(device):
     second = device.submit("next", lambda job: None)
     assert device.cancel("someone")
     wait_for(second)
-    assert (outcome(first), outcome(second)) == ("Cancelled: the device is free.", "")
+    assert (outcome(first), outcome(second)) == ("Cancelled.", "")
     assert not device.cancel("someone")
 
 
@@ -129,3 +131,30 @@ def test_outcomes_are_sentences_and_faults_of_ours_are_raised(device):
 
 def throw(error):
     raise error
+
+
+@pytest.mark.parametrize("error", [Cancelled(), ValueError("no"), KeyError("a fault")])
+def test_work_that_fails_leaves_nothing_on_the_device(device, error, capsys):
+    class Array:
+        pass
+
+    arrays = []
+
+    def work(job):
+        array = Array()
+        arrays.append(weakref.ref(array))
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            raise error  # noqa: B904
+
+    gc.disable()
+    try:
+        job = device.submit("one", work)
+        wait_for(job)
+        with pytest.raises(type(error)):
+            job.result()
+        assert arrays[0]() is None
+    finally:
+        gc.enable()
+    assert ("KeyError" in capsys.readouterr().err) == isinstance(error, KeyError)

@@ -1,6 +1,8 @@
 """Smaller parts of the demo: what is drawn, the energy counter, the shield before the server, the command."""
 
 import asyncio
+import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +15,7 @@ from minference_jax.cli import main
 from minference_jax.demo import energy, needle, views
 from minference_jax.demo.plots import History, Point, history_picture
 from minference_jax.demo.runs import RunState, Side, Summary
-from minference_jax.demo.shield import Shield
+from minference_jax.demo.shield import Shield, is_inside
 from minference_jax.measure import attention_of
 
 SUMMARY = Summary(
@@ -127,7 +129,7 @@ def test_there_is_no_energy_counter_on_a_cpu(monkeypatch):
     assert energy.open_counter().reason == "energy is measured on NVIDIA GPUs only"
 
 
-def asks(folder, *, path="/x", headers=(), chunks=(b"",)):
+def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), chunks=(b"",)):
     """Sends a request through a shield; gives the status that came back, and the body that came through."""
     got, sent = [], []
 
@@ -148,21 +150,61 @@ def asks(folder, *, path="/x", headers=(), chunks=(b"",)):
     async def receive():
         return next(queue)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
     asyncio.run(Shield(app, max_body=100, folder=folder, max_folder=50)(scope, receive, send))
     return sent[0]["status"], b"".join(got), dict(sent[0]["headers"])
 
 
 def test_shield_bounds_bodies_and_uploads_and_keeps_the_page_at_home(tmp_path):
-    status, body, headers = asks(tmp_path, chunks=[b"a" * 50, b"b" * 50])
+    upload = {"path": "/gradio_api/upload"}
+    status, body, headers = asks(tmp_path, chunks=[b"a" * 50, b"b" * 50], **upload)
     assert (status, len(body)) == (200, 100)
     assert b"default-src 'self'" in headers[b"content-security-policy"]
-    assert asks(tmp_path, headers=[(b"content-length", b"101")])[0] == 413
-    assert len(asks(tmp_path, chunks=[b"a" * 60, b"b" * 60, b"c" * 60])[1]) == 60  # one that does not say its length
-    assert asks(tmp_path, path="/gradio_api/upload")[0] == 200
-    (tmp_path / "lies-about").write_bytes(bytes(51))
-    assert asks(tmp_path, path="/gradio_api/upload")[0] == 503
+    for said in (b"101", b"-1", b"many"):
+        assert asks(tmp_path, headers=[(b"content-length", said)])[0] == 413
+    assert (
+        len(asks(tmp_path, chunks=[b"a" * 60, b"b" * 60, b"c" * 60], **upload)[1]) == 60
+    )  # it does not say its length
+    assert asks(tmp_path, chunks=[b'["', b"b" * 60, b'c"]' * 60])[0] == 400
+    lies_about = tmp_path / "lies-about"
+    lies_about.write_bytes(bytes(51))
+    assert asks(tmp_path, **upload)[0] == 503
     assert asks(tmp_path)[0] == 200
+    os.utime(lies_about, (0, 0))  # broken off long ago
+    assert asks(tmp_path, **upload)[0] == 200
+    assert not lies_about.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/gradio_api/process_recording"),
+        ("GET", "/gradio_api/deep_link"),
+        ("GET", "/gradio_api/proxy=http://localhost/x"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/call/run"),
+        ("GET", "/monitoring"),
+        ("GET", "/openapi.json"),
+        ("POST", "/login"),
+        ("DELETE", "/"),
+    ],
+)
+def test_shield_lets_through_only_what_the_page_asks_for(tmp_path, method, path):
+    assert asks(tmp_path, method=method, path=path)[0] == 404
+    assert asks(tmp_path, method="GET", path="/")[0] == 200
+
+
+def test_files_that_were_not_uploaded_here_are_refused(tmp_path):
+    folder = tmp_path / "uploads"
+    (folder / "1").mkdir(parents=True)
+    for path in ("http://a.example/b", "/etc/passwd", str(folder / ".." / "b"), 3, str(folder)):
+        body = json.dumps({"data": [{"x": {"path": path}}]}).encode()
+        assert asks(folder, chunks=[body])[0] == 400
+        assert not is_inside(path, folder)
+    assert is_inside(str(folder / "1" / "a.txt"), folder)
+    assert asks(folder, chunks=[b"[" * 100])[0] == 400
+    assert asks(folder, chunks=[b'{"data": ["path", 1]}'])[:2] == (200, b'{"data": ["path", 1]}')
 
 
 def test_command_says_which_package_is_missing(monkeypatch, capsys):
@@ -172,7 +214,9 @@ def test_command_says_which_package_is_missing(monkeypatch, capsys):
     assert said == "minference-jax: error: the demo needs gradio: pip install 'minference-jax[demo]'\n"
 
 
-@pytest.mark.parametrize("options", [["--attention", "dense"], ["--max-line", "-1"], ["--max-prompt-tokens", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--attention", "dense"], ["--max-line", "-1"], ["--max-prompt-tokens", "0"], ["--port", "99999"]]
+)
 def test_command_refuses_options_in_a_sentence(options, capsys):
     assert main(["demo", *options]) == 2
     assert capsys.readouterr().err.count("\n") == 1

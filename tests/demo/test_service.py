@@ -72,7 +72,7 @@ def test_answers_stream_and_a_cancelled_run_stops_between_tokens(make_service, m
 
     monkeypatch.setattr(service.device, "submit", watched)
     job = service.submit_run("visitor", make_request())
-    assert finish(job) == "Cancelled: the device is free."
+    assert finish(job) == "Cancelled."
     assert len(seen) == 20
     lengths = [len(dense) + len(sparse) for dense, sparse in seen]
     assert lengths == sorted(lengths)
