@@ -19,7 +19,7 @@ from minference_jax.attention import sparse_attention
 from minference_jax.capacities import Capacities
 from minference_jax.estimate import MIN_VERTICALS, NUM_BLOCKS_UNIT
 from minference_jax.generate import LanguageModel
-from minference_jax.implementations import device_of, first_sparse, named
+from minference_jax.implementations import device_of, named
 from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import SparseLayout
 from minference_jax.kernels.tiles import TileConfig
@@ -61,15 +61,12 @@ def settings_for(
     """
     if slash_granularity not in get_args(SlashGranularity):
         raise ValueError(f'{slash_granularity=} must be "line" or "block"')
-    decoder, head_dim = model.model, model.config.head_dim
-    device = device_of(decoder.embed.embedding[...])
-    entry = first_sparse(implementation, device, head_dim, decoder.dtype.itemsize)
-    tiles = model.tiles.find(device, entry.name, head_dim, str(decoder.dtype))
-    return SparseSettings(
-        slash_granularity=slash_granularity,
-        implementation=entry.name,
-        tiles=tiles or entry.tiles(device, head_dim, decoder.dtype.itemsize),
-    )
+    entry, tiles = model.sparse_on_device(implementation)
+    if tiles is None:
+        decoder = model.model
+        device = device_of(decoder.embed.embedding[...])
+        tiles = entry.tiles(device, model.config.head_dim, decoder.dtype.itemsize)
+    return SparseSettings(slash_granularity=slash_granularity, implementation=entry.name, tiles=tiles)
 
 
 def capacities_of(pattern: PatternArrays, size: int) -> Capacities:
@@ -167,6 +164,7 @@ def _layouts(q, k, pattern, kv_len, settings, capacities) -> SparseLayout:
     )
 
 
+@jax.jit
 def head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
     """Squared error of each head's output, and the squared norm of what it should be: float32 [N] each.
 
@@ -174,11 +172,6 @@ def head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
         out, dense: [1, T, N, H], of sparse and of dense attention.
         kv_len: int32 [1]; rows beyond do not count.
     """
-    return _head_errors(out, dense, kv_len)
-
-
-@jax.jit
-def _head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
     real = (jnp.arange(out.shape[1]) < kv_len[:, None])[..., None, None]
     out, dense = (jnp.where(real, x.astype(jnp.float32), 0.0) for x in (out, dense))
     return jnp.square(out - dense).sum(axis=(0, 1, 3)), jnp.square(dense).sum(axis=(0, 1, 3))

@@ -14,14 +14,20 @@ from minference_jax.demo.energy import EnergyCounter
 from minference_jax.demo.inspections import run_inspection
 from minference_jax.demo.jobs import Cancelled, Device, Job
 from minference_jax.demo.models import Models
-from minference_jax.demo.needle import Example, make_example
+from minference_jax.demo.needle import make_example
 from minference_jax.demo.plots import History, Point
 from minference_jax.demo.runs import run_comparison
 from minference_jax.demo.settings import Refused, Settings
 from minference_jax.generate import LanguageModel, bucket_length
 from minference_jax.index import SlashGranularity
-from minference_jax.measure import ChosenAttention, Prompt, attention_of, default_sizes, encode_question
-from minference_jax.measure import takes_granularity as has_slashes
+from minference_jax.measure import (
+    ChosenAttention,
+    Prompt,
+    attention_of,
+    default_sizes,
+    encode_question,
+    takes_granularity,
+)
 
 ATTENTIONS = ("minference", "auto", "vertical_slash", "a_shape", "block_sparse")
 MOST_SIZE = 1_000_000  # tokens or blocks of a pattern
@@ -64,7 +70,7 @@ class Request:
             if not 1 <= value <= MOST_SIZE:
                 raise Refused(f"{name} must be between 1 and {MOST_SIZE:,}, not {value:,}.")
             sizes[name] = int(value)
-        granularity: Any = self.slash_granularity if has_slashes(self.attention) else None
+        granularity: Any = self.slash_granularity if takes_granularity(self.attention) else None
         return attention_of(self.attention, sizes, granularity)
 
 
@@ -123,10 +129,6 @@ class Service:
             job.state = make_example(self._model(model), tokens, float(depth))
 
         return self.device.submit(visitor, work)
-
-    def first_example(self, length: int, depth: float = 0.5) -> Example:
-        """The example that the page begins with, of the first model."""
-        return make_example(self.models.get(self.models.labels[0]), length, depth)
 
     def _submit(self, visitor: str, request: Request, work: Callable[..., None]) -> Job:
         attention = request.chosen()
