@@ -1,6 +1,7 @@
 """Dense and sparse attention as one Pallas kernel, lowered through Mosaic GPU: NVIDIA GPUs of the Hopper generation.
 
-What a program does stands in ``program_mosaic_gpu``, and what its steps are in ``warpgroup_steps``. The copy engine
+What a program does stands in ``program_mosaic_gpu`` and ``warpgroup_mosaic_gpu``, and what its steps are in
+``warpgroup_steps``. The copy engine
 brings rows from any place: keys and values are copied into shared memory that is swizzled, not tiled, 64 of head_dim at
 a time, and read as tiles of the very same bytes. So a slash costs no more keys than it has.
 """
@@ -12,13 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.layouts import SparseLayout, everything
-from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, Inputs, Program, attention_kernel
+from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, Inputs, Program, bring_kernel
 from minference_jax.kernels.softmax import valid_rows
 from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
 
 
@@ -74,7 +77,10 @@ def attention(
     def program(q_ref, k_ref, v_ref, *refs: Any) -> None:
         given, (out_ref, lse_ref, *kept) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
         held = dict(zip(scratch, kept, strict=True))
-        attention_kernel(Program(q_ref, k_ref, v_ref, out_ref, lse_ref, given, held, **chosen))
+        work = Program(q_ref, k_ref, v_ref, out_ref, lse_ref, given, held, **chosen)
+        number = lax.axis_index("warpgroup")
+        pl.when(number == PRODUCER)(lambda: bring_kernel(work))
+        pl.when(number < COMPUTE)(lambda: Warpgroup(work, number).compute())
 
     num_tiles = -(-q_len // WHOLE)
     out, lse = plgpu.kernel(
@@ -131,7 +137,7 @@ def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool) -> dict[st
         "v_here": barrier(2 * chunks),
         "k_free": barrier(COMPUTE),
         "v_free": barrier(COMPUTE),
-        "turn": barrier(COMPUTE, 1),
+        "turn": barrier(1, COMPUTE),
     }
     if has_columns:
         scratch |= {"first": plgpu.SMEM((stages, COMPUTE, WHOLE), jnp.bfloat16), "first_here": barrier(COMPUTE)}

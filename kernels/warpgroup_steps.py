@@ -169,21 +169,27 @@ def first_rows(
     A column that lies in a slash block of its tile is counted by the block up to the window's edge, by the column from
     there on.
     """
-    batch, num_heads, capacity = positions.shape
+    block = tiles.block_kv  # = block_q
+    shift = block.bit_length() - 1  # of block = 1 << shift
     halves = tile_starts(q_offset, -(-q_len // WHOLE) * WHOLE, TileConfig())  # [B, 2 Tq]
-    tile = q_offset[:, None] + (halves - q_offset[:, None]) // tiles.block_q * tiles.block_q
-    # A key of a tile has the place block_q - 1 + (tile start - key); a block covers block_kv places.
-    size = kv_capacity + tiles.block_q + tiles.block_kv
-    begins = tiles.block_q - tiles.block_kv - layout.offsets
+    tile = q_offset[:, None] + (halves - q_offset[:, None]) // block * block
+    # A key of a tile has the place block - 1 + (tile start - key), and a slash block begins at place -offset. Blocks
+    # don't overlap, so at most one begins in a row of ``block`` places.
+    num_rows = (kv_capacity + block) // block + 2
     is_offset = jnp.arange(layout.offsets.shape[-1]) < layout.offset_counts[..., None]
-    rows = (jnp.arange(batch)[:, None, None], jnp.arange(num_heads)[:, None])
-    change = jnp.zeros((batch, num_heads, size + 1), jnp.int32)
-    for sign, at in ((1, begins), (-1, begins + tiles.block_kv)):
-        change = change.at[(*rows, jnp.where(is_offset, at, size + 1))].add(sign, mode="drop")
-    is_covered = jnp.cumsum(change, axis=-1) > 0
-    place = tiles.block_q - 1 + tile[:, None, :, None] - positions[:, :, None]  # [B, N, 2 Tq, C]
-    at = jnp.clip(place, 0, size).reshape(batch, num_heads, -1)
-    covered = jnp.take_along_axis(is_covered, at, axis=-1).reshape(place.shape) & (place >= 0)
-    window = jnp.clip(layout.windows, 0, size)[..., None, None]
+    begins = jnp.where(is_offset, -layout.offsets, num_rows * block)
+    of_head = (jnp.arange(positions.shape[0])[:, None, None], jnp.arange(positions.shape[1])[:, None])
+    begin = jnp.full((*positions.shape[:2], num_rows), block, jnp.int32)
+    begin = begin.at[(*of_head, begins >> shift)].set(begins & (block - 1), mode="drop")  # in its row; ``block`` = none
+    goes_on = jnp.pad(begin[..., :-1] & (block - 1), [(0, 0), (0, 0), (1, 0)])  # where the row before's ends
+    places = jnp.arange(block)
+    covered = (places >= begin[..., None]) | (places < goes_on[..., None])
+    bits = covered.reshape(*positions.shape[:2], -1, 32) << jnp.arange(32, dtype=jnp.uint32)  # a word for 32 places
+    words = bits.sum(axis=-1, dtype=jnp.uint32)
+    place = block - 1 + tile[:, None, :, None] - positions[:, :, None]  # [B, N, 2 Tq, C]
+    at = (*(x[..., None] for x in of_head), jnp.clip(place >> 5, 0, words.shape[-1] - 1))
+    word = words.at[at].get(mode="promise_in_bounds")
+    covered = (word >> (place & 31).astype(jnp.uint32)) & 1 == 1
+    window = jnp.clip(layout.windows, 0, kv_capacity + WHOLE)[..., None, None]
     first = jnp.clip(positions[:, :, None] + jnp.where(covered, window, 0) - halves[:, None, :, None], 0, HALF)
-    return first.astype(jnp.bfloat16).reshape(batch, num_heads, -1, 2, capacity)
+    return first.astype(jnp.bfloat16).reshape(*positions.shape[:2], -1, 2, positions.shape[-1])

@@ -1,0 +1,229 @@
+"""What a computing warpgroup of the Mosaic GPU kernel does: 64 queries, online softmax over the steps of its program.
+
+The scores of a step are computed in the same turn at the tensor cores as the values of the step before, while the other
+warpgroup works on its softmax; then the two change places.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from minference_jax.kernels.program_mosaic_gpu import CHUNK, REGISTERS, Order, Part, Program, in_order, parts_of
+from minference_jax.kernels.warpgroup_steps import HALF, WHOLE
+
+_LAYOUT = plgpu.Layout.WGMMA
+_ROWS, _COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+_ALL = ((),) if jax.__version_info__ < (0, 11) else ()  # index of plgpu.load
+
+
+class Accumulator(NamedTuple):
+    """Online softmax of 64 queries; scores in units of log 2.
+
+    Attributes:
+      top: float32 [64], largest score. total: float32 [64], sum of weights. out: sums of weight * value, float32
+        [64, 64] for each 64 of head_dim.
+    """
+
+    top: Array
+    total: Array
+    out: tuple[Array, ...]
+
+
+class Warpgroup(NamedTuple):
+    """One of the two that compute.
+
+    Attributes:
+      program: what it works on. number: 0 or 1.
+    """
+
+    program: Program
+    number: Array
+
+    @property
+    def rows(self) -> Any:
+        """Its queries."""
+        return pl.ds(self.program.place[2] * WHOLE + self.number * HALF, HALF)
+
+    @property
+    def turn(self) -> Any:
+        """Its own turn at the tensor cores."""
+        return self.program.held["turn"].at[self.number]
+
+    @property
+    def others_turn(self) -> Any:
+        """That of the other warpgroup."""
+        return self.program.held["turn"].at[1 - self.number]
+
+    def keys(self, part: Part) -> Any:
+        """Those of a step that it uses."""
+        return pl.ds(pl.multiple_of(self.number * HALF, HALF), HALF) if part.split else pl.ds(0, WHOLE)
+
+    def compute(self) -> None:
+        """All that it does."""
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        self.begin()
+        zeros = plgpu.layout_cast(jnp.zeros((HALF, CHUNK), jnp.float32), _LAYOUT)
+        top, total = (
+            plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), _ROWS)
+            for value in (float(jnp.finfo(jnp.float32).min) / 2, 0.0)
+        )
+        acc = Accumulator(top, total, (zeros,) * self.program.chunks)
+        pl.when(self.number == 1)(lambda: plgpu.barrier_wait(self.turn))
+        acc = in_order(parts_of(self.program), self.run, acc)
+        pl.when(self.number == 0)(lambda: plgpu.barrier_arrive(self.others_turn))
+        self.write(acc)
+
+    def begin(self) -> None:
+        """Frees all of shared memory and waits for the queries."""
+        program, held = self.program, self.program.held
+        for slot in range(program.tiles.num_stages):
+            plgpu.barrier_arrive(held["k_free"].at[slot])
+            plgpu.barrier_arrive(held["v_free"].at[slot])
+        sequence, head, _ = program.place
+        for chunk in range(program.chunks):
+            at = program.q.at[sequence, self.rows, head, program.head_dims(chunk)]
+            plgpu.copy_gmem_to_smem(at, held["q"][0].at[self.number, chunk], held["q_here"].at[self.number])
+        plgpu.barrier_wait(held["q_here"].at[self.number])
+
+    def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
+        """All steps of a part; it has the turn before and after."""
+        has_any = jnp.minimum(order.end, 1)
+        has_masked = jnp.minimum(order.masked, 1)
+
+        def first(_, carry):
+            place = jnp.where(has_masked > 0, order.at_an_end(jnp.int32(0)), 0)
+            return self.step(part, place, order.number, True, carry[0], None)
+
+        def at_an_end(i, carry):
+            return self.step(part, order.at_an_end(i), order.number + i, True, *carry)
+
+        def between(place, carry):
+            return self.step(part, place, order.number_between(place), False, *carry)
+
+        nothing = jnp.zeros((HALF, self.keys(part).size), self.program.q.dtype)
+        carry = lax.fori_loop(0, has_any, first, (acc, plgpu.layout_cast(nothing, _LAYOUT)))
+        carry = lax.fori_loop(1, order.masked, at_an_end, carry)
+        if not part.of_columns:
+            carry = lax.fori_loop(order.near + 1 - has_masked, order.inside, between, carry)
+        acc, weights = carry
+        last = order.number + order.end - 1
+        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, last, acc, weights), acc)
+
+    def step(self, part: Part, place, number, masked: bool, acc: Accumulator, weights) -> tuple[Accumulator, Array]:
+        """Adds the scores of one step, and the values of the one before: ``weights`` of these, None = there is none.
+
+        Returns:
+          The accumulator without the values of this step, and its weights.
+        """
+        held, slot = self.program.held, self.program.slot(number)
+        acc, scores = self.multiply(part, number, acc, weights)
+        if part.of_columns:
+            plgpu.barrier_wait(held["first_here"].at[slot])
+        if masked:
+            scores = jnp.where(self.seen(part, place, slot), scores, -jnp.inf)
+        plgpu.barrier_arrive(held["k_free"].at[slot])
+        return self.weigh(acc, scores)
+
+    def multiply(self, part: Part, number, acc: Accumulator, weights) -> tuple[Accumulator, Array]:
+        """At the tensor cores: the scores of a step, and ``weights`` times the values of the one before."""
+        program, held = self.program, self.program.held
+        slot, last, keys = program.slot(number), program.slot(number - 1), self.keys(part)
+
+        def products(refs):
+            scores, *outs = refs
+            for chunk in range(program.chunks):
+                k = _transposed(held["k"][1].at[slot, chunk, keys])
+                plgpu.wgmma(scores, held["q"][1].at[self.number, chunk], k)
+            if weights is not None:
+                self.add_values(outs, weights, last, keys)
+            plgpu.barrier_arrive(self.others_turn)
+
+        plgpu.barrier_wait(held["k_here"].at[slot])
+        if weights is not None:
+            plgpu.barrier_wait(held["v_here"].at[last])
+            plgpu.barrier_wait(self.turn)
+        nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
+        values = (nothing,) if weights is None else (nothing, *acc.out)
+        scores, *out = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in values))
+        if weights is None:
+            return acc, scores
+        plgpu.barrier_arrive(held["v_free"].at[last])
+        return acc._replace(out=tuple(out)), scores
+
+    def finish(self, part: Part, number, acc: Accumulator, weights) -> Accumulator:
+        """Adds the values of a part's last step."""
+        slot, held = self.program.slot(number), self.program.held
+        plgpu.barrier_wait(held["v_here"].at[slot])
+        plgpu.barrier_wait(self.turn)
+        add = lambda outs: self.add_values(outs, weights, slot, self.keys(part))  # noqa: E731
+        out = pl.run_state(add)(tuple(plgpu.ACC.init(x) for x in acc.out))
+        plgpu.barrier_arrive(held["v_free"].at[slot])
+        return acc._replace(out=tuple(out))
+
+    def add_values(self, outs, weights, slot, keys) -> None:
+        """Weights times values, to accumulators of the tensor cores."""
+        for chunk, out in enumerate(outs):
+            plgpu.wgmma(out, weights, self.program.held["v"][1].at[slot, chunk, keys])
+
+    def weigh(self, acc: Accumulator, scores) -> tuple[Accumulator, Array]:
+        """The softmax: an accumulator that lacks the values of these keys, and their weights."""
+        scale = self.program.scale
+        top = jnp.maximum(acc.top, scores.max(axis=1) * scale)
+        decay = jnp.exp2(acc.top - top)
+        weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
+        out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)
+        total = acc.total * decay + weights.sum(axis=1)
+        weights = weights.astype(self.program.q.dtype)
+        out, total, top, weights = lax.optimization_barrier((out, total, top, weights))
+        return Accumulator(top, total, out), weights
+
+    def seen(self, part: Part, place, slot) -> Array:
+        """Which of the keys each query sees: bool [64, keys]."""
+        program, shape = self.program, (HALF, self.keys(part).size)
+        if part.of_columns:
+            row = plgpu.broadcasted_iota(jnp.float32, shape, 0, layout=_LAYOUT)
+            first = plgpu.load(program.held["first"].at[slot, self.number], *_ALL, layout=_COLUMNS, optimized=False)
+            return row >= lax.broadcast_in_dim(first.astype(jnp.float32), shape, [1])
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=_ROWS)
+        # Without the barrier the compiler keeps the columns' numbers in registers while the loop runs.
+        column = lax.optimization_barrier(plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=_COLUMNS))
+        column = lax.broadcast_in_dim(column, shape, [1])
+        sequence, head, _ = program.place
+        key = part.start(place, self.number if part.split else 0)
+        newest = row + (program.start + self.number * HALF - key)
+        oldest = jnp.maximum(newest - program.inputs.windows[sequence, head] + 1, -key)
+        newest, oldest = (lax.broadcast_in_dim(x, shape, [0]) for x in (newest, oldest))
+        return (column <= newest) & (column >= oldest)
+
+    def write(self, acc: Accumulator) -> None:
+        """Writes output and lse, by way of the queries' shared memory."""
+        program, (q_raw, q_tiled) = self.program, self.program.held["q"]
+        sequence, head, _ = program.place
+        window = program.inputs.windows[sequence, head]
+        has_keys = acc.total > 0
+        total = jnp.where(has_keys, acc.total, 1.0)
+        row = plgpu.broadcasted_iota(jnp.int32, (HALF, CHUNK), 0, layout=_LAYOUT)
+        real = program.inputs.lengths[sequence, 1] - program.start - self.number * HALF
+        is_real = row < jnp.where(window < 0, -1, real)
+        nothing = jnp.where(window < 0, jnp.nan, 0.0)
+        for chunk, out in enumerate(acc.out):
+            out = jnp.where(is_real, out / lax.broadcast_in_dim(total, out.shape, [0]), nothing)
+            q_tiled.at[self.number, chunk][...] = out.astype(program.q.dtype)
+        lse = jnp.where(has_keys, acc.top * math.log(2) + jnp.log(total), -jnp.inf)
+        program.lse.at[sequence, head, self.rows][...] = lse
+        plgpu.commit_smem()
+        for chunk in range(program.chunks):
+            at = program.out.at[sequence, self.rows, head, program.head_dims(chunk)]
+            plgpu.copy_smem_to_gmem(q_raw.at[self.number, chunk], at)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _transposed(ref: Any) -> Any:
+    return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 12) else ref.transpose((1, 0))
