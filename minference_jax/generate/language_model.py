@@ -255,6 +255,7 @@ class LanguageModel:
 
     def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
         logits, cache = prefilled.logits, prefilled.cache
+        token: Any = None
         del prefilled  # a caller who does not keep it has its memory back at the second token
         for made in range(max_new_tokens):
             with memory_for(f"an answer of up to {max_new_tokens} tokens after {longest}"):
