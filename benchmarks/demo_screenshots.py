@@ -12,8 +12,6 @@ from playwright.sync_api import Page, sync_playwright
 
 PLOTS = Path(__file__).parent / "plots"
 SIZES = {"desktop": (1180, 900), "phone": (390, 844)}
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 MOST_MS = 3_600_000
 LONGER = 7000  # tokens
 
@@ -82,7 +80,7 @@ def main() -> None:
             address = re.match(r"http://\S+", said)
             if address is None:
                 sys.exit(f"the demo did not start: {said}")
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium")
             page = browser.new_page(viewport={"width": 1180, "height": 900})
             page.goto(address[0])
             page.wait_for_selector("#run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import jaxlib
 
 from minference_jax.implementations import device_of
+from minference_jax.measure import device_name
 
 FIELDS = (
     *("suite", "case", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
@@ -33,17 +33,6 @@ logit. In suite "search" it is that of a layer's attention output relative to de
 peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
 process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
 """
-
-
-def device_name() -> str:
-    """The device that jax computes on; for a CPU its model and the number of cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or '?'} cores"
 
 
 def driver() -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from minference_jax.cli.parser import MODEL_HELP, add_attention, add_progress
+from minference_jax.cli.parser import ATTENTION_NAMES, MODEL_HELP, add_attention, add_progress
 from minference_jax.cli.values import not_negative, port, positive
 from minference_jax.kernels.tiles import DTYPES
 
-_ATTENTIONS = ("minference", "auto", "vertical_slash", "a_shape", "block_sparse")
+_ATTENTIONS = tuple(name for name in ATTENTION_NAMES if name != "dense")
 
 
 def add_demo(commands: Any) -> None:
@@ -22,18 +22,28 @@ def add_demo(commands: Any) -> None:
     )
     parser.set_defaults(module="demo_command")
     parser.add_argument(
-        "--model", nargs="+", default=[], metavar="MODEL", help=f"{MODEL_HELP}; of several visitors choose one"
+        "--model",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODEL",
+        help=f"{MODEL_HELP}; of several visitors choose one",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
     add_progress(parser)
-    add_attention(parser, choices=_ATTENTIONS)
+    add_attention(parser, choices=_ATTENTIONS, default="what pays at the length of the example")
+    parser.set_defaults(attention=None)
     group = parser.add_argument_group("limits")
     group.add_argument(
-        "--max-prompt-tokens", type=positive, metavar="N", help="longer texts are refused (8192, or the model's room)"
+        "--max-prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="longer texts are refused (8192, or twice the length "
+        "from which sparse attention pays on this device; at most the model's room)",
     )
     group.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="of each answer (48)")
     group.add_argument("--repeats", type=positive, default=1, metavar="N", help="timed runs, after one that warms (1)")
-    group.add_argument("--max-line", type=not_negative, default=8, metavar="N", help="runs that may wait (8)")
+    group.add_argument("--max-queue", type=not_negative, default=8, metavar="N", help="runs that may wait (8)")
     group = parser.add_argument_group("page")
     group.add_argument("--example-tokens", type=positive, metavar="N", help="of the first example (half of the most)")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1: this machine)")

@@ -227,8 +227,8 @@ def add_prompt(parser: Parser) -> None:
     group.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
 
 
-def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES) -> None:
-    """Adds the options that choose an attention, of those named, and its sizes."""
+def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES, default: str = "minference") -> None:
+    """Adds the options that choose an attention, of those named, and its sizes; `default` is for the help."""
     auto = "auto: the same where the prompt is long enough for it to pay, and dense where it is not; "
     group = parser.add_argument_group("attention")
     group.add_argument(
@@ -236,7 +236,7 @@ def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES) ->
         choices=choices,
         default="minference",
         help=f"minference: each head by its pattern; {auto if 'auto' in choices else ''}else the same for every head "
-        "(minference)",
+        f"({default})",
     )
     group.add_argument(
         "--pattern", metavar="PATH", help=f"patterns for minference, instead of the model's own: {PATTERN_HELP}"

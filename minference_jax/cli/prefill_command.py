@@ -14,7 +14,7 @@ import minference_jax
 from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.generate import LanguageModel
-from minference_jax.measure import ChosenAttention, Comparison, Prompt, compare, device_name, steps_of
+from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, compare, device_name, steps_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,10 +30,15 @@ def run(arguments: argparse.Namespace) -> None:
             implementation=arguments.implementation,
             max_new_tokens=arguments.max_new_tokens,
             repeats=arguments.repeats,
-            step=steps.step,
+            step=lambda step: steps.step(_title(step, attention.name, arguments.repeats)),
         )
     facts = record(model_name(arguments), model, prompt, attention, comparison)
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts))
+
+
+def _title(step: Step, attention: str, repeats: int) -> str:
+    name = "dense" if step.side == "dense" else "dense again" if attention == "dense" else attention
+    return f"{step.kind} {name}" + (f", run {step.run} of {repeats}" if step.kind == "prefill" else "")
 
 
 def record(

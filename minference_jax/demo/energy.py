@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+LEAST_SECONDS = 1.0
+"""Shorter prefills are not measured: the counter moves in steps that are too coarse for them."""
+
 
 class EnergyCounter(NamedTuple):
     """An energy counter.

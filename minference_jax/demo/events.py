@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -30,10 +31,11 @@ class Events:
         gr: the module gradio.
         service: behind the page.
         folder: where uploads lie.
+        forget: drops what Gradio keeps of a visitor.
     """
 
-    def __init__(self, gr: Any, service: Service, folder: Path):
-        self._gr, self._service, self._folder = gr, service, folder
+    def __init__(self, gr: Any, service: Service, folder: Path, forget: Callable[[str], None]):
+        self._gr, self._service, self._folder, self._forget = gr, service, folder, forget
         for handler in (Events.run, Events.inspect, Events.example, Events.cancel, Events.leave):
             handler.__annotations__["request"] = gr.Request  # what tells Gradio to pass one
 
@@ -46,13 +48,17 @@ class Events:
             if not isinstance(state, RunState):
                 yield (*status, *(4 * [skip]))
                 continue
-            over = state.comparison is not None
-            rest = (skip, skip)
-            if over:
-                points = self._service.history.of(values[0])
-                plot = views.picture(history_picture(points), "seconds of a prefill against tokens of the prompt")
-                rest = views.details(state, no_energy=self._service.counter.reason), plot
-            yield (*status, views.numbers(state, time.monotonic()), views.answers(state), *rest)
+            numbers, rest = views.numbers(state, time.monotonic()), (views.answers(state), skip, skip)
+            if state.comparison is not None and job is not None and job.done:
+                rest = await asyncio.to_thread(self._end, state, str(values[0]))
+            yield (*status, numbers, *rest)
+
+    def _end(self, state: RunState, model: str) -> tuple[Any, Any, Any]:
+        """Answers, details and the plot of a run that is over."""
+        plot = views.picture(
+            history_picture(self._service.history.of(model)), "seconds of a prefill against tokens of the prompt"
+        )
+        return views.answers(state), views.details(state, no_energy=self._service.counter.reason), plot
 
     async def inspect(self, request: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Yields status, both buttons, and the map with what is left out."""
@@ -66,7 +72,7 @@ class Events:
     async def example(self, request: Any, model: Any, length: Any, depth: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Yields status, both buttons, text and question."""
         submit = self._service.submit_example
-        async for status, job in self._follow(lambda visitor: submit(visitor, model, length, depth), request):
+        async for status, job in self._follow(lambda visitor: submit(visitor, str(model), length, depth), request):
             if job is not None and isinstance(job.state, Example):
                 said = f"The example has {job.state.tokens:,} tokens; the number {job.state.number} is hidden in it."
                 yield (views.note(said), *status[1:], job.state.text, job.state.question)
@@ -94,14 +100,15 @@ class Events:
         own = default_sizes(name)
         return [self._gr.update(visible=takes_granularity(name)), *(self._gr.update(visible=s in own) for s in SIZES)]
 
-    def cancel(self, request: Any) -> str:
-        """Gives the status."""
+    def cancel(self, request: Any) -> Any:
+        """Gives the status where there is nothing to cancel; else what follows the job says what becomes of it."""
         found = self._service.device.cancel(request.session_hash)
-        return views.note(_CANCELLING, "busy") if found else views.note("There is nothing to cancel.")
+        return self._gr.skip() if found else views.note("There is nothing to cancel.")
 
     def leave(self, request: Any) -> None:
         """The page was closed."""
         self._service.device.cancel(request.session_hash)
+        self._forget(request.session_hash)
 
     async def _follow(
         self, submit: Callable[[str], Job], request: Any
@@ -110,15 +117,19 @@ class Events:
         button = self._gr.Button
         free = button(interactive=True), button(interactive=False)
         busy = button(interactive=False), button(interactive=True)
+        visitor = request.session_hash
         try:
-            job = submit(request.session_hash)
+            job = await asyncio.to_thread(submit, visitor)  # tokenizes
         except Refused as error:
             yield (views.note(str(error), "bad"), self._gr.skip(), self._gr.skip()), None
             return
-        steps = follow(job)
+        steps = follow(job, lambda: self._service.visitors.listens(visitor))
         try:
             async for _ in steps:
                 yield (self._status(job), *busy), job
+        except (GeneratorExit, asyncio.CancelledError):  # the page went away
+            self._forget(visitor)
+            raise
         finally:
             await steps.aclose()  # type: ignore[attr-defined]
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 
 from minference_jax.demo.jobs import Job
@@ -100,4 +99,5 @@ def run_inspection(
 
 
 def _excerpt(model: LanguageModel, tokens: list[int]) -> str:
-    return textwrap.shorten(decode_text(model.tokenizer, tokens), _EXCERPT, placeholder=" ...")
+    text = " ".join(decode_text(model.tokenizer, tokens).split())
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT].rstrip()} ..."

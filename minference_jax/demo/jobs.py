@@ -1,4 +1,4 @@
-"""One job at a time on the device: a line of bounded length, jobs that can be cancelled, and what they tell."""
+"""One job at a time on the device: a queue of bounded length, jobs that can be cancelled, and what they tell."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from minference_jax.demo.settings import Refused
 
 PATIENCE = 30.0
-"""Seconds after which a job that no handler of a page follows any more stops."""
+"""Seconds after which a job whose visitor does not listen any more stops."""
 
 
 class Cancelled(Exception):
-    """A job was asked to stop, or nobody follows it any more."""
+    """A job was asked to stop, or its visitor does not listen any more."""
 
 
 EXPECTED = (Cancelled, Refused, ValueError, NotImplementedError, MemoryError)
@@ -53,8 +53,13 @@ class Job:
         return self._future is not None and self._future.done()
 
     def seen(self) -> None:
-        """Says that a page still follows."""
+        """Says that the visitor still listens."""
         self._seen = time.monotonic()
+
+    @property
+    def is_forsaken(self) -> bool:
+        """Whether its visitor has not listened for as long as a job may wait for that."""
+        return time.monotonic() - self._seen > PATIENCE
 
     def check(self) -> None:
         """For the work, between two steps.
@@ -62,7 +67,7 @@ class Job:
         Raises:
             Cancelled: it is to stop.
         """
-        if self.cancelled or time.monotonic() - self._seen > PATIENCE:
+        if self.cancelled or self.is_forsaken:
             raise Cancelled
 
     def result(self) -> None:
@@ -72,49 +77,69 @@ class Job:
         self._future.result()
 
 
+def done_now(work: Callable[[Job], None]) -> Job:
+    """A job that needs no device and is done at once, on the caller's thread."""
+    job = Job()
+    job._future = Future()
+    try:
+        _work(job, work)
+    except EXPECTED as error:
+        job._future.set_exception(error)
+    else:
+        job._future.set_result(None)
+    return job
+
+
+def _work(job: Job, work: Callable[[Job], None]) -> None:
+    try:
+        job.check()
+        work(job)
+    except Exception as error:
+        if not isinstance(error, EXPECTED):
+            traceback.print_exception(error)
+        # Its frames hold what is on the device, until a collection of garbage that may be far off.
+        error.__context__ = error.__cause__ = None
+        raise error.with_traceback(None) from None
+
+
 class Device:
     """Runs jobs one after another, on one thread.
 
     Args:
-        max_line: jobs that may wait while one runs.
+        max_queue: jobs that may wait while one runs.
     """
 
-    def __init__(self, max_line: int):
-        self._max_line = max_line
+    def __init__(self, max_queue: int):
+        self._max_queue = max_queue
         self._thread = ThreadPoolExecutor(1, "device")
         self._guard = threading.Lock()
         self._jobs: list[tuple[str, Job]] = []  # not done, in order
 
     def submit(self, visitor: str, work: Callable[[Job], None]) -> Job:
-        """Puts a job into the line.
+        """Puts a job into the queue.
 
         Args:
             visitor: whose; each may have one job at a time.
             work: is called with the job, on the device's thread.
 
         Raises:
-            Refused: the line is full, or the visitor has a job in it.
+            Refused: the queue is full, or the visitor has a job in it.
         """
         with self._guard:
+            for _, job in self._jobs:
+                if job.is_forsaken:
+                    job.cancel()
             self._jobs = [(owner, job) for owner, job in self._jobs if not job.done]
             if any(owner == visitor for owner, _ in self._jobs):
                 raise Refused("This page has a run that is not over yet: wait for it, or cancel it.")
-            if len(self._jobs) > self._max_line:
-                raise Refused(f"{self._max_line} runs wait already: please come again in a few minutes.")
+            if len(self._jobs) > self._max_queue:
+                waiting = len(self._jobs) - 1
+                said = {0: "Somebody else's run is not over yet", 1: "1 run waits already"}
+                raise Refused(
+                    f"{said.get(waiting, f'{waiting} runs wait already')}: please come again in a few minutes."
+                )
             job = Job()
-
-            def begin() -> None:
-                try:
-                    job.check()
-                    work(job)
-                except Exception as error:
-                    if not isinstance(error, EXPECTED):
-                        traceback.print_exception(error)
-                    # Its frames hold what is on the device, until a collection of garbage that may be far off.
-                    error.__context__ = error.__cause__ = None
-                    raise error.with_traceback(None) from None
-
-            job._future = self._thread.submit(begin)
+            job._future = self._thread.submit(_work, job, work)
             self._jobs.append((visitor, job))
         return job
 

@@ -10,7 +10,6 @@ from minference_jax.demo import views
 from minference_jax.demo.events import Events
 from minference_jax.demo.needle import Example
 from minference_jax.demo.service import ATTENTIONS, Service
-from minference_jax.demo.uploads import SUFFIXES
 from minference_jax.measure import SIZES, ChosenAttention, default_sizes, takes_granularity
 
 TITLE = "Dense and sparse prefill, side by side"
@@ -57,7 +56,10 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
     """
     import gradio as gr
 
-    events = Events(gr, service, folder)
+    def forget(visitor: str) -> None:
+        page.state_holder.session_data.pop(visitor, None)
+
+    events = Events(gr, service, folder, forget)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(30, 60), fill_width=False) as page:
         gr.HTML(_intro(service, device), padding=False)
         with gr.Row():
@@ -75,7 +77,8 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
         with gr.Row():
             with gr.Column(scale=5, min_width=300), gr.Accordion("Time against length", open=False, elem_id="history"):
                 history = gr.HTML(
-                    '<p class="hint">Every run since the demo began. There is none yet.</p>', padding=False
+                    '<p class="hint">After a run of yours: it and those before it, since the demo began.</p>',
+                    padding=False,
                 )
             with gr.Column(scale=6, min_width=300), gr.Accordion("What is kept", open=False, elem_id="inspect"):
                 place, inspect, kept = _inspection(gr)
@@ -107,7 +110,7 @@ def _ready(example: Example) -> str:
 def _inputs(gr: Any, service: Service, attention: ChosenAttention, example: Example) -> tuple[Inputs, tuple[Any, ...]]:
     text = gr.Textbox(example.text, label="Text", lines=9, max_lines=9, elem_id="text")
     question = gr.Textbox(example.question, label="Question about the text", max_lines=3, elem_id="question")
-    upload = gr.UploadButton("Upload txt, md or pdf", file_types=list(SUFFIXES), size="sm", elem_id="upload")
+    upload = gr.UploadButton("Upload txt, md or pdf", size="sm", elem_id="upload")  # the server says what it takes
     with gr.Accordion("Example with a hidden number", open=False, elem_id="example"):
         most = service.settings.max_prompt_tokens
         length = gr.Slider(min(256, most), most, example.tokens, step=1, label="tokens", buttons=[], elem_id="length")

@@ -8,10 +8,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import struct
 import sys
+import zlib
 
 _MEMORY_BYTES = 2**30  # of address space
 _CPU_SECONDS = 25
+_ODD: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError),
+    *(RecursionError, TypeError, ValueError, struct.error, zlib.error),
+)
+"""What pypdf raises on damaged files beside its own errors."""
 
 
 def main() -> None:
@@ -40,12 +47,12 @@ def read(raw: bytes, max_pages: int, max_characters: int) -> dict[str, str]:
         max_pages, max_characters: more are refused.
     """
     from pypdf import PdfReader
-    from pypdf.errors import LimitReachedError, PyPdfError
+    from pypdf.errors import DependencyError, LimitReachedError, PyPdfError
 
     parts: list[str] = []
     try:
         reader = PdfReader(io.BytesIO(raw))
-        if reader.is_encrypted:
+        if reader.is_encrypted and not reader.decrypt(""):  # many have an empty password, and everyone may read them
             return {"refused": "encrypted"}
         if len(reader.pages) > max_pages:
             return {"refused": "pages"}
@@ -55,8 +62,9 @@ def read(raw: bytes, max_pages: int, max_characters: int) -> dict[str, str]:
                 return {"refused": "long"}
     except LimitReachedError:
         return {"refused": "long"}
-    # what pypdf raises on damaged files beside its own errors
-    except (PyPdfError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError):
+    except DependencyError:  # an encryption for which pypdf needs another package
+        return {"refused": "encrypted"}
+    except (PyPdfError, *_ODD):
         return {"refused": "damaged"}
     return {"text": "\n\n".join(parts).encode("utf-8", "replace").decode()}
 

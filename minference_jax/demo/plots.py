@@ -11,6 +11,7 @@ from minference_jax.inspection import Inspection
 from minference_jax.inspection.pictures import draw_head
 
 _MOST = 200  # runs that are kept
+_MOST_NAMES = 6  # attentions in a picture
 DENSE_COLOUR, SPARSE_COLOUR = "#475569", "#0f766e"
 
 
@@ -41,21 +42,26 @@ class History:
         self._points.append(point)
 
     def of(self, model: str) -> list[Point]:
-        """The runs of a model, shortest prompts first."""
-        return sorted((point for point in list(self._points) if point.model == model), key=lambda point: point.tokens)
+        """The runs of a model, in order."""
+        return [point for point in list(self._points) if point.model == model]
 
 
 def history_picture(points: list[Point]) -> str:
-    """Seconds against tokens, dense and each sparse attention, as a data URI; empty where there is no run."""
+    """Seconds against tokens, dense and the last few sparse attentions, as a data URI; empty where there is no run.
+
+    Args:
+        points: in order; of more than six attentions those that ran last are drawn.
+    """
     from matplotlib.figure import Figure
 
     if not points:
         return ""
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axes = figure.subplots()
+    names = list(dict.fromkeys(point.attention for point in reversed(points)))[:_MOST_NAMES]
+    points = sorted((point for point in points if point.attention in names), key=lambda point: point.tokens)
     tokens = [point.tokens for point in points]
     axes.plot(tokens, [point.dense_seconds for point in points], "o-", color=DENSE_COLOUR, label="dense")
-    names = list(dict.fromkeys(point.attention for point in points))
     for place, name in enumerate(names):
         own = [point for point in points if point.attention == name]
         style = {"color": SPARSE_COLOUR} if place == 0 else {}

@@ -1,4 +1,4 @@
-"""What a job does on the device: the two prefills, timed in turn, and the two answers, token by token."""
+"""What a job does on the device: the two prefills, timed in turn, then the two answers, told step by step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from minference_jax.demo.energy import LEAST_SECONDS
 from minference_jax.demo.jobs import Job
 from minference_jax.demo.settings import Settings
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.streaming import TextPieces
-from minference_jax.measure import DENSE, ChosenAttention, Comparison, PrefillTimer, Prompt, side_by_side
+from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, attention_of, compare
 
 Joules = Callable[[], float | None]
-SIDES = ("dense", "sparse")
+_BLOCK = 64  # keys
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Side:
     Attributes:
         compile_seconds: of its first call; None where nothing was compiled, or not yet.
         seconds: of its timed prefills so far.
-        joules: of the whole card over its timed prefills so far; None where it is not measured.
+        joules: of the whole card over its timed prefills so far; None where it is not measured, as of short ones.
         answer: text so far.
     """
 
@@ -41,57 +42,53 @@ class RunState:
     Attributes:
         attention: the sparse one.
         tokens: of the prompt.
+        pays_from: as `LanguageModel.pays_from` says of this attention.
         step: what happens now, in words.
         active: "dense" or "sparse" where the step is one's prefill, timed or not; else None.
         is_timed: whether the step is a timed prefill.
         began: when the step began, by time.monotonic.
         dense, sparse: the two.
-        comparison: at the end; without what the prefills left on the device.
+        comparison: at the end.
     """
 
     attention: ChosenAttention
     tokens: int = 0
+    pays_from: int | None = None
     step: str = ""
     active: str | None = None
     is_timed: bool = False
     began: float = field(default_factory=time.monotonic)
     dense: Side = Side()
     sparse: Side = Side()
-    comparison: Summary | None = None
+    comparison: Comparison | None = None
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is known at the end of a run.
+def first_attention(model: LanguageModel, tokens: int, implementation: str | None) -> ChosenAttention:
+    """An attention that shows something at a length: the model's own patterns where they pay, else smaller ones.
 
-    Attributes:
-        dense_seconds, sparse_seconds: medians of the timed prefills.
-        speedup: dense by sparse.
-        density: share of dense attention's work that the heads compute, mean; None where dense attention ran.
-        density_range: of the heads.
-        implementations: of dense and sparse.
-        agreed, compared: greedy tokens that are equal, place by place, of how many.
-        max_logit_difference: after the prompt.
-        peak_bytes, peak_of: most memory so far since the demo began, of the device or the process.
+    Args:
+        model: that reads.
+        tokens: of the text that the page begins with.
+        implementation: of the attentions; None = the first that can.
+
+    Returns:
+        "minference" where the rule of thumb says that it pays at this length; else vertical-slash heads that ask for an
+        eighth of the keys, of whole block diagonals.
+
+    Raises:
+        ValueError, NotImplementedError: as in `LanguageModel.pays_from`.
     """
-
-    dense_seconds: float
-    sparse_seconds: float
-    speedup: float
-    density: float | None
-    density_range: tuple[float, float] | None
-    implementations: tuple[str, str]
-    agreed: int
-    compared: int
-    max_logit_difference: float
-    peak_bytes: int | None
-    peak_of: str
+    pays = model.pays_from(implementation=implementation)
+    if pays is not None and pays <= tokens:
+        return attention_of("minference")
+    size = max(1, round(tokens / 16 / _BLOCK)) * _BLOCK
+    return attention_of("vertical_slash", {"vertical_size": size, "slash_size": size}, "block")
 
 
 def run_comparison(
     job: Job, model: LanguageModel, prompt: Prompt, attention: ChosenAttention, settings: Settings, joules: Joules
 ) -> RunState:
-    """Compiles both, times both in turn, decodes from both in turn; tells each step through `job.state`.
+    """Compares as `measure.compare` does; tells each step and each token of the answers through `job.state`.
 
     Args:
         job: of which this is the work.
@@ -103,84 +100,75 @@ def run_comparison(
 
     Raises:
         Cancelled: between two steps or tokens. A prefill that runs can't be stopped.
-        ValueError, NotImplementedError, MemoryError: as in `LanguageModel.prefill`.
+        ValueError, NotImplementedError, MemoryError: as in `measure.compare`.
     """
     model.check_room([len(prompt.tokens)], settings.max_new_tokens)
-    timers = {
-        "dense": PrefillTimer(model, prompt.tokens, DENSE),
-        "sparse": PrefillTimer(model, prompt.tokens, attention),
-    }
-    job.state = RunState(attention, len(prompt.tokens))
-    names = {"dense": "dense attention", "sparse": f"{attention.name} attention"}
-    for side, timer in timers.items():
-        with _step(job, f"compiling {names[side]}, and one prefill that is not timed", side):
-            timer.compile(settings.implementation)
-        _tell(job, side, compile_seconds=timer.compile_seconds)
-    for number in range(settings.repeats):
-        for side, timer in timers.items():
-            before = joules()
-            with _step(job, f"prefill with {names[side]}, run {number + 1} of {settings.repeats}", side, is_timed=True):
-                timer.run()
-            after = joules()
-            used = None if before is None or after is None else after - before
-            spent = getattr(job.state, side).joules
-            total = used if spent is None or used is None else spent + used
-            _tell(job, side, seconds=tuple(timer.seconds), joules=total)
-    tokens = _answers(job, model, timers, settings.max_new_tokens)
-    found = side_by_side(model, (timers["dense"], tokens["dense"]), (timers["sparse"], tokens["sparse"]))
-    job.state = replace(job.state, step="", active=None, is_timed=False, comparison=_summary(found))
+    pays = model.pays_from(attention.pattern, implementation=settings.implementation)
+    telling = _Telling(job, model, RunState(attention, len(prompt.tokens), pays), settings.repeats, joules)
+    found = compare(
+        model,
+        prompt.tokens,
+        attention=attention,
+        implementation=settings.implementation,
+        max_new_tokens=settings.max_new_tokens,
+        repeats=settings.repeats,
+        step=telling.step,
+        on_token=telling.token,
+    )
+    job.state = replace(job.state, step="", active=None, is_timed=False, comparison=found)
     return job.state
 
 
-@contextmanager
-def _step(job: Job, name: str, side: str | None, *, is_timed: bool = False) -> Iterator[None]:
-    job.check()
-    job.state = replace(job.state, step=name, active=side, is_timed=is_timed, began=time.monotonic())
-    yield
-    job.state = replace(job.state, active=None, is_timed=False)
+class _Telling:
+    """What a comparison tells while it runs: each step and token, through the job's state."""
 
+    def __init__(self, job: Job, model: LanguageModel, state: RunState, repeats: int, joules: Joules):
+        self._job, self._model, self._repeats, self._joules = job, model, repeats, joules
+        self._pieces = TextPieces(model.tokenizer)
+        self._is_written = False
+        job.state = state
 
-def _tell(job: Job, side: str, **changes: object) -> None:
-    job.state = replace(job.state, **{side: replace(getattr(job.state, side), **changes)})
+    @contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        """Around a step; raises Cancelled before it."""
+        job, side = self._job, step.side
+        job.check()
+        name = "dense" if side == "dense" else job.state.attention.name
+        words = {
+            "compile": f"compiling {name} attention, and one prefill that is not timed",
+            "prefill": f"prefill with {name} attention, run {step.run} of {self._repeats}",
+            "decode": f"answering after {name} attention",
+        }
+        active = None if step.kind == "decode" else side
+        is_timed = step.kind == "prefill"
+        job.state = replace(job.state, step=words[step.kind], active=active, is_timed=is_timed, began=time.monotonic())
+        self._pieces, self._is_written = TextPieces(self._model.tokenizer), False
+        before = self._joules() if is_timed else None
+        try:
+            yield
+        finally:
+            job.state = replace(job.state, active=None, is_timed=False)
+        if step.kind == "compile":
+            self._tell(side, compile_seconds=step.timer.compile_seconds)
+        elif is_timed:
+            self._tell(side, seconds=tuple(step.timer.seconds), joules=self._total_joules(step, before))
+        elif not self._is_written:
+            self._tell(side, answer=getattr(job.state, side).answer + self._pieces.finish())
 
+    def token(self, side: str, token: int) -> None:
+        """A token of an answer, of which those behind a stop token are compared and not shown; raises Cancelled."""
+        self._job.check()
+        if self._is_written:
+            return
+        self._is_written = token in self._model.stop_tokens
+        piece = self._pieces.finish() if self._is_written else self._pieces.push(token)
+        self._tell(side, answer=getattr(self._job.state, side).answer + piece)
 
-def _answers(
-    job: Job, model: LanguageModel, timers: dict[str, PrefillTimer], max_new_tokens: int
-) -> dict[str, list[int]]:
-    """Greedy tokens of both, one of each in turn: each up to its stop token, sparse at least as many as dense."""
-    job.state = replace(job.state, step="answering", active=None, began=time.monotonic())
-    streams = {side: model.decode(timer.result, max_new_tokens=max_new_tokens) for side, timer in timers.items()}
-    pieces = {side: TextPieces(model.tokenizer) for side in SIDES}
-    tokens: dict[str, list[int]] = {side: [] for side in SIDES}
-    stopped = dict.fromkeys(SIDES, False)
-    for _ in range(max_new_tokens):
-        for side in SIDES:
-            if stopped[side] and (side == "dense" or stopped["dense"]):
-                continue
-            job.check()
-            (token,) = next(streams[side])
-            tokens[side].append(int(token))
-            if not stopped[side]:
-                stopped[side] = int(token) in model.stop_tokens
-                piece = pieces[side].finish() if stopped[side] else pieces[side].push(int(token))
-                _tell(job, side, answer=getattr(job.state, side).answer + piece)
-    for side in SIDES:
-        _tell(job, side, answer=getattr(job.state, side).answer + ("" if stopped[side] else pieces[side].finish()))
-    return tokens
+    def _total_joules(self, step: Step, before: float | None) -> float | None:
+        after, so_far = self._joules(), getattr(self._job.state, step.side).joules
+        if before is None or after is None or min(step.timer.seconds) < LEAST_SECONDS:
+            return None
+        return after - before + (so_far or 0.0)
 
-
-def _summary(found: Comparison) -> Summary:
-    density = found.density
-    return Summary(
-        dense_seconds=found.dense.median_seconds,
-        sparse_seconds=found.sparse.median_seconds,
-        speedup=found.speedup,
-        density=None if density is None else float(density.mean()),
-        density_range=None if density is None else (float(density.min()), float(density.max())),
-        implementations=(found.dense.implementation, found.sparse.implementation),
-        agreed=found.agreed,
-        compared=found.compared,
-        max_logit_difference=found.max_logit_difference,
-        peak_bytes=found.peak_bytes,
-        peak_of=found.peak_of,
-    )
+    def _tell(self, side: str, **changes: object) -> None:
+        self._job.state = replace(self._job.state, **{side: replace(getattr(self._job.state, side), **changes)})

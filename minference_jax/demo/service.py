@@ -1,4 +1,4 @@
-"""What the page asks for, checked and put into the device's line. Knows nothing of Gradio."""
+"""What the page asks for, checked and put into the device's queue. Knows nothing of Gradio."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import jax
 
 from minference_jax.demo.energy import EnergyCounter
 from minference_jax.demo.inspections import run_inspection
-from minference_jax.demo.jobs import Cancelled, Device, Job
+from minference_jax.demo.jobs import Cancelled, Device, Job, done_now
 from minference_jax.demo.models import Models
 from minference_jax.demo.needle import make_example
 from minference_jax.demo.plots import History, Point
 from minference_jax.demo.runs import run_comparison
 from minference_jax.demo.settings import Refused, Settings
-from minference_jax.generate import LanguageModel, bucket_length
+from minference_jax.demo.visitors import Visitors
+from minference_jax.generate import ATTENTION_NAMES, LanguageModel, bucket_length
 from minference_jax.index import SlashGranularity
 from minference_jax.measure import (
     ChosenAttention,
@@ -29,7 +30,7 @@ from minference_jax.measure import (
     takes_granularity,
 )
 
-ATTENTIONS = ("minference", "auto", "vertical_slash", "a_shape", "block_sparse")
+ATTENTIONS = tuple(name for name in ATTENTION_NAMES if name != "dense")
 MOST_SIZE = 1_000_000  # tokens or blocks of a pattern
 _POLL_SECONDS = 0.2
 _MOST_PROGRAMS = 64  # lengths and attentions whose programs are kept; Linux lets a process hold some hundreds
@@ -85,30 +86,30 @@ class Service:
 
     def __init__(self, settings: Settings, models: Models, counter: EnergyCounter):
         self.settings, self.models, self.counter = settings, models, counter
-        self.device, self.history = Device(settings.max_line), History()
+        self.device, self.history, self.visitors = Device(settings.max_queue), History(), Visitors()
         self._programs: set[object] = set()
 
     def submit_run(self, visitor: str, request: Request) -> Job:
-        """Puts a comparison into the line; its job's state is a `RunState`.
+        """Puts a comparison into the queue; its job's state is a `RunState`.
 
         Args:
             visitor: whose.
             request: what.
 
         Raises:
-            Refused: what was asked for, or the line is full.
+            Refused: what was asked for, or the queue is full.
         """
 
         def work(job: Job, model: LanguageModel, prompt: Prompt, attention: ChosenAttention) -> None:
             found = run_comparison(job, model, prompt, attention, self.settings, self.counter.read).comparison
-            if found is not None:
-                times = found.dense_seconds, found.sparse_seconds
+            if found is not None and found.density is not None:  # else auto took dense attention
+                times = found.dense.median_seconds, found.sparse.median_seconds
                 self.history.add(Point(request.model, label_of(attention), len(prompt.tokens), *times))
 
         return self._submit(visitor, request, work)
 
     def submit_inspection(self, visitor: str, request: Request, layer: Any, head: Any) -> Job:
-        """Puts an inspection into the line; its job's state is an `InspectState`; raises as `submit_run`."""
+        """Puts an inspection into the queue; its job's state is an `InspectState`; raises as `submit_run`."""
         if not (_is_whole(layer) and _is_whole(head)):
             raise Refused("Layer and head must be whole numbers.")
         place = int(layer), int(head)
@@ -119,22 +120,28 @@ class Service:
         return self._submit(visitor, request, work)
 
     def submit_example(self, visitor: str, model: str, length: Any, depth: Any) -> Job:
-        """Puts the making of an example into the line; its job's state is an `Example`; raises as `submit_run`."""
+        """Makes an example: at once, or where its model is not in memory, in the queue; raises as `submit_run`.
+
+        The job's state is an `Example`.
+        """
         if not _is_whole(length) or not isinstance(depth, int | float):
             raise Refused("Length and depth must be numbers, the length a whole one.")
+        if not 0 <= depth <= 1:
+            raise Refused("The depth must be between 0 and 1.")
         tokens = int(length)
         self.settings.check_tokens(tokens)
+        ready = self.models.in_memory(model)
 
         def work(job: Job) -> None:
-            job.state = make_example(self._model(model), tokens, float(depth))
+            job.state = make_example(ready or self._model(model), tokens, float(depth))
 
-        return self.device.submit(visitor, work)
+        return self.device.submit(visitor, work) if ready is None else done_now(work)
 
     def _submit(self, visitor: str, request: Request, work: Callable[..., None]) -> Job:
         attention = request.chosen()
         self.settings.check_text(request.text, request.question)
         ready = self.models.in_memory(request.model)
-        if ready is not None:  # an over-long text is refused before it waits in the line
+        if ready is not None:  # an over-long text is refused before it waits in the queue
             self._encode(ready, request)
 
         def begin(job: Job) -> None:
@@ -148,7 +155,9 @@ class Service:
     def _model(self, label: str) -> LanguageModel:
         try:
             return self.models.get(label)
-        except (ValueError, OSError) as error:
+        except MemoryError:
+            raise Refused(f"{label} needs more memory than is free here.") from None
+        except (ValueError, NotImplementedError, OSError) as error:
             print(f"minference-jax demo: {label} can't be loaded: {error}", file=sys.stderr)  # may name paths
             raise Refused(f"{label} can't be loaded; the operator's terminal says why.") from None
 
@@ -184,11 +193,17 @@ def label_of(attention: ChosenAttention) -> str:
     return f"{attention.name}{sizes}{', block' if attention.slash_granularity == 'block' else ''}"
 
 
-async def follow(job: Job) -> AsyncIterator[None]:
-    """Yields now and then until the job is done. Where the follower goes away before, the job is cancelled."""
+async def follow(job: Job, listens: Callable[[], bool]) -> AsyncIterator[None]:
+    """Yields now and then until the job is done. Where the follower goes away before, the job is cancelled.
+
+    Args:
+        job: to be followed; it stops by itself where nobody listens for a while.
+        listens: whether its visitor does.
+    """
     try:
         while not job.done:
-            job.seen()
+            if listens():
+                job.seen()
             yield
             await asyncio.sleep(_POLL_SECONDS)
     finally:

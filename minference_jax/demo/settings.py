@@ -22,21 +22,21 @@ class Settings:
         max_prompt_tokens: most tokens of text, question and chat template together.
         max_new_tokens: of each answer.
         repeats: timed prefills of each attention, after one that compiles and warms.
-        max_line: jobs that may wait while one runs.
+        max_queue: jobs that may wait while one runs.
         implementation: of the attentions; None = the first that can.
 
     Raises:
-        ValueError: a number below 1, or below 0 for `max_line`.
+        ValueError: a number below 1, or below 0 for `max_queue`.
     """
 
     max_prompt_tokens: int
     max_new_tokens: int = 48
     repeats: int = 1
-    max_line: int = 8
+    max_queue: int = 8
     implementation: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_prompt_tokens", 1), ("max_new_tokens", 1), ("repeats", 1), ("max_line", 0)):
+        for name, least in (("max_prompt_tokens", 1), ("max_new_tokens", 1), ("repeats", 1), ("max_queue", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
+
+from minference_jax.demo.visitors import Visitors
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -16,7 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 HEADERS = {
     b"content-security-policy": _POLICY.encode(),  # the browser asks no other site for anything
@@ -30,6 +35,7 @@ _GET = re.compile(
     r"/gradio_api/(startup-events|queue/data|upload_progress|heartbeat/[^/]*)"
 )
 _POST = re.compile(r"/gradio_api/(queue/join|run/predict|upload|cancel|reset)/?")
+_STREAM = "/gradio_api/queue/data"  # on which a page hears what happens to its events
 _STRAY_SECONDS = 60
 
 
@@ -44,10 +50,20 @@ class Shield:
         max_body: bytes of a request.
         folder: where uploads lie until they are read.
         max_folder: bytes that may lie there.
+        visitors: is told who listens.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], *, max_body: int, folder: Path, max_folder: int):
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        *,
+        max_body: int,
+        folder: Path,
+        max_folder: int,
+        visitors: Visitors,
+    ):
         self._app, self._max_body, self._folder, self._max_folder = app, max_body, folder, max_folder
+        self._visitors = visitors
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
@@ -66,15 +82,13 @@ class Shield:
             await _say(send, 413, b"The request is too large.")
             return
         is_upload = "/upload" in scope["path"] and scope["method"] == "POST"
-        if is_upload:
-            remove_strays(self._folder)
-            if self._is_full():
-                await _say(send, 503, b"Too many uploads at once: please try again in a minute.")
-                return
+        if is_upload and await asyncio.to_thread(self._is_full):
+            await _say(send, 503, b"Too many uploads at once: please try again in a minute.")
+            return
         received = self._counted(receive)
         if scope["method"] == "POST" and not is_upload:
             body = await _whole(received)
-            if body is None or not self._brings_own_files_only(body):
+            if body is None or not await asyncio.to_thread(self._brings_own_files_only, body):
                 await _say(send, 400, b"The request is broken, too large, or names a file that was not uploaded here.")
                 return
             received = _again(body, receive)
@@ -84,7 +98,14 @@ class Shield:
                 message["headers"] = [*message.get("headers", ()), *HEADERS.items()]
             await send(message)
 
-        await self._app(scope, received, with_headers)
+        with self._listening(scope):
+            await self._app(scope, received, with_headers)
+
+    def _listening(self, scope: Message) -> AbstractContextManager[None]:
+        if scope["path"] != _STREAM:
+            return nullcontext()
+        visitor = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
+        return self._visitors.listening(visitor)
 
     def _counted(self, receive: Receive) -> Receive:
         """The same messages, as if the client had gone where they are too much."""
@@ -115,7 +136,8 @@ class Shield:
         return True
 
     def _is_full(self) -> bool:
-        return sum(path.lstat().st_size for path in self._folder.rglob("*") if path.is_file()) > self._max_folder
+        remove_strays(self._folder)
+        return sum(map(_size, self._folder.rglob("*"))) > self._max_folder
 
 
 def is_inside(path: Any, folder: Path) -> bool:
@@ -126,8 +148,18 @@ def is_inside(path: Any, folder: Path) -> bool:
 def remove_strays(folder: Path) -> None:
     """Removes what lies right in the folder: Gradio moves whole uploads further down, and keeps what was broken off."""
     for path in folder.iterdir():
-        if path.is_file() and time.time() - path.stat().st_mtime > _STRAY_SECONDS:  # newer ones may be in use
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_file() and time.time() - path.stat().st_mtime > _STRAY_SECONDS:  # newer ones may be in use
+                path.unlink()
+        except FileNotFoundError:  # another request was faster
+            continue
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # it was read, and is gone
+        return 0
 
 
 async def _whole(receive: Receive) -> bytes | None:

@@ -41,23 +41,25 @@ def read_upload(raw: bytes, name: str, *, max_characters: int) -> str:
     is_pdf = b"%PDF-" in raw[:1024]
     if is_pdf != (suffix == ".pdf"):
         raise Refused(f"The content of the file is not what its name, ending in {suffix}, says.")
-    text = _pdf(raw, max_characters) if is_pdf else _plain(raw)
+    text = _pdf(raw, max_characters) if is_pdf else _plain(raw, max_characters)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise Refused("The file has no text" + (": is the PDF a scan?" if is_pdf else "."))
-    if len(text) > max_characters:
-        raise Refused(f"The file has {len(text):,} characters, and this demo takes at most {max_characters:,}.")
     return text
 
 
-def _plain(raw: bytes) -> str:
+def _plain(raw: bytes, max_characters: int) -> str:
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:
         raise Refused("The file is not text in UTF-8 or UTF-16.") from None
+    if "\0" in text:
+        raise Refused("The file is binary, not text.")
+    if len(text) > max_characters:
+        raise Refused(f"The file has {len(text):,} characters, and this demo takes at most {max_characters:,}.")
     odd = sum(unicodedata.category(sign) == "Cc" and sign not in "\t\n\r\f" for sign in text)
-    if "\0" in text or odd > _CONTROL_SHARE * len(text):
+    if odd > _CONTROL_SHARE * len(text):
         raise Refused("The file is binary, not text.")
     return text
 

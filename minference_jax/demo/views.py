@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from minference_jax.demo.energy import LEAST_SECONDS
 from minference_jax.demo.inspections import InspectState, LeftOut
 from minference_jax.demo.runs import RunState, Side
+from minference_jax.measure import takes_granularity
 
 _WORDS = re.compile(r"\w+\s*|[^\w\s]+\s*|\s+")  # punctuation apart
 
@@ -26,13 +28,14 @@ def numbers(state: RunState | None, now: float) -> str:
         now: by time.monotonic.
     """
     sparse = "only the keys that count" if state is None else state.attention.name.replace("_", "-")
-    cards = [_card("dense", "Dense", "every key", state, now), _card("sparse", "Sparse", sparse, state, now)]
     found = None if state is None else state.comparison
+    if found is not None and found.density is None:
+        sparse = f"{sparse} took dense attention"
+    cards = [_card("dense", "Dense", "every key", state, now), _card("sparse", "Sparse", sparse, state, now)]
     if found is None:
         cards.append(_number("speedup", "Speed-up", "–", "of the prefill"))
     else:
-        slower = ", sparse is slower here" if found.speedup < 1 else ""
-        cards.append(_number("speedup", "Speed-up", f"{found.speedup:.2f}×", f"of the prefill{slower}"))
+        cards.append(_number("speedup", "Speed-up", f"{found.speedup:.2f}×", "of the prefill"))
     return f'<div class="shown"><div class="numbers">{"".join(cards)}</div>{_facts(state)}</div>'
 
 
@@ -42,12 +45,27 @@ def _facts(state: RunState | None) -> str:
         return ""
     facts = [f"{state.tokens:,} tokens"]
     if found := state.comparison:
-        computed = "dense attention ran" if found.density is None else f"density {found.density:.2f}"
-        facts += [computed, f"peak memory {_memory(state)}"]
+        computed = "dense attention ran" if found.density is None else f"density {found.density.mean():.2f}"
+        facts += [computed, f"peak memory so far {_memory(state)}"]
         joules = state.dense.joules, state.sparse.joules
         if None not in joules:
             facts.append(f"energy {joules[0]:.0f} J dense, {joules[1]:.0f} J sparse")
-    return f'<div class="facts">{escape(" · ".join(facts))}</div>'
+    return f'<div class="facts">{escape(" · ".join(facts))}</div>{_why_slower(state)}'
+
+
+def _why_slower(state: RunState) -> str:
+    """Why sparse attention did not pay, and from which length it is expected to; empty where it did."""
+    found, least = state.comparison, state.pays_from
+    if found is None or (found.density is not None and found.speedup >= 1):
+        return ""
+    why = "Sparse is slower here: choosing keys costs more than leaving out the others saves."
+    if found.density is None:
+        why = "Dense attention ran twice: sparse attention is not expected to pay at this length."
+    if least is None:
+        why += " With so many dense heads it is not expected to pay at any length."
+    elif least > state.tokens:
+        why += f" As a rule of thumb it pays from about {least:,} tokens on this device, with these patterns."
+    return f'<div class="facts">{escape(why)}</div>'
 
 
 def _memory(state: RunState) -> str:
@@ -64,13 +82,13 @@ def _card(side: str, title: str, what: str, state: RunState | None, now: float) 
     if live and state.is_timed:
         shown = f"{now - state.began:.1f} s"
     elif state.comparison is not None:
-        shown = seconds(getattr(state.comparison, f"{side}_seconds"))
+        shown = format_seconds(getattr(state.comparison, side).median_seconds)
     else:
-        shown = seconds(one.seconds[-1]) if one.seconds else "–"
+        shown = format_seconds(one.seconds[-1]) if one.seconds else "–"
     if live and not state.is_timed:
         what = f"compiling, {now - state.began:.0f} s"
     elif one.compile_seconds is not None:
-        what = f"{what}; compile {seconds(one.compile_seconds)}, not counted"
+        what = f"{what}; compile {format_seconds(one.compile_seconds)}, not counted"
     return _number(side + (" live" if live else ""), title, shown, what)
 
 
@@ -81,17 +99,13 @@ def _number(kind: str, title: str, value: str, about: str) -> str:
     )
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Seconds with three figures or so."""
-    return (
-        f"{value:.1f} s"
-        if value >= 10
-        else f"{value:.2f} s"
-        if value >= 0.1
-        else f"{value * 1000:.0f} ms"
-        if value >= 0.01
-        else f"{value * 1000:.1f} ms"
-    )
+    if value >= 10:
+        return f"{value:.1f} s"
+    if value >= 0.1:
+        return f"{value:.2f} s"
+    return f"{value * 1000:.0f} ms" if value >= 0.01 else f"{value * 1000:.1f} ms"
 
 
 def answers(state: RunState | None) -> str:
@@ -136,29 +150,30 @@ def details(state: RunState | None, *, no_energy: str) -> str:
     if state is None or state.comparison is None:
         return '<p class="hint">After a run: tokens, density, every timed run, memory, energy.</p>'
     found, both = state.comparison, (state.dense, state.sparse)
-    density = "1 (dense attention ran)" if found.density is None else f"{found.density:.3f}"
-    if found.density_range is not None:
-        density += f" (heads {found.density_range[0]:.3f} to {found.density_range[1]:.3f})"
-    joules = [one.joules for one in both]
-    energy = [f"{value:.0f} J" if value is not None else "–" for value in joules]
+    density = "1 (dense attention ran)"
+    if (by_head := found.density) is not None:
+        density = f"{by_head.mean():.3f} (heads {by_head.min():.3f} to {by_head.max():.3f})"
+    short = f"not measured: too short for the card's counter, under {LEAST_SECONDS:.0f} s"
+    energy = [f"{one.joules:.0f} J" if one.joules is not None else short for one in both]
     rows = [
         ("prompt", f"{state.tokens:,} tokens", ""),
         ("density", "1", density),
         ("attention", "dense", state.attention.description),
-        ("slashes", "", state.attention.slash_granularity),
-        ("implementation", *found.implementations),
+        ("implementation", found.dense.implementation, found.sparse.implementation),
         ("compile, apart", *(_or_dash(one.compile_seconds) for one in both)),
-        ("timed runs", *(", ".join(map(seconds, one.seconds)) for one in both)),
+        ("timed runs", *(", ".join(map(format_seconds, one.seconds)) for one in both)),
         ("energy of these", *(energy if not no_energy else (f"not measured: {no_energy}", ""))),
-        ("peak memory", f"{_memory(state)}, since the demo began", ""),
+        ("peak memory", f"{_memory(state)}, since the demo began, loading and other runs included", ""),
         ("equal tokens", f"{found.agreed} of {found.compared}", ""),
         ("logits differ by", f"at most {found.max_logit_difference:.3g}", ""),
     ]
+    if takes_granularity(state.attention.name):
+        rows.insert(3, ("slashes", "–", state.attention.slash_granularity))
     return _table(("", "Dense", "Sparse"), rows)
 
 
 def _or_dash(value: float | None) -> str:
-    return "was compiled before" if value is None else seconds(value)
+    return "was compiled before" if value is None else format_seconds(value)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

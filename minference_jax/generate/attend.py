@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -144,7 +145,21 @@ def resolve_auto(
     """
     if not isinstance(pattern, ModelPatterns | None):
         raise ValueError(f"attention='auto' takes ModelPatterns or None, got {pattern!r}")
-    sizes = (pattern or patterns).arrays()
+    pays = pays_from(pattern or patterns, implementation)
+    return ("minference", pattern) if pays is not None and length >= pays else ("dense", None)
+
+
+def pays_from(patterns: ModelPatterns, implementation: Implementation) -> int | None:
+    """Tokens of a prompt from which sparse attention is expected to be faster than dense, by a rule of thumb.
+
+    Args:
+        patterns: of every head.
+        implementation: what would run sparse attention.
+
+    Returns:
+        None where so many heads are dense that it never is.
+    """
+    sizes = patterns.arrays()
     kinds = PatternKind
     asked = np.select(
         [sizes.kind == kinds.VERTICAL_SLASH, sizes.kind == kinds.A_SHAPE, sizes.kind == kinds.BLOCK_SPARSE],
@@ -153,8 +168,9 @@ def resolve_auto(
             sizes.sink_size + sizes.window_size,
             sizes.num_blocks * NUM_BLOCKS_UNIT,
         ],
-        default=length,
+        default=0,
     )
-    if length >= max(implementation.break_even, _PAYS_FROM * asked.mean()):
-        return "minference", pattern
-    return "dense", None
+    sparse_share = 1 - _PAYS_FROM * float((sizes.kind == kinds.DENSE).mean())  # a dense head asks for every key
+    if sparse_share <= 0:
+        return None
+    return max(implementation.break_even, math.ceil(_PAYS_FROM * float(asked.mean()) / sparse_share))

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from minference_jax.cache import extend_cache
-from minference_jax.generate.attend import choose_attend, resolve_auto
+from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, read_token, score_tokens
 from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.generate.sampling import Sampling, choose
@@ -203,6 +203,26 @@ class LanguageModel:
         sparse = first_sparse(implementation, device, self.config.head_dim, dtype.itemsize)
         return sparse, self.tiles.find(device, sparse.name, self.config.head_dim, str(dtype))
 
+    def pays_from(
+        self, pattern: HeadPattern | ModelPatterns | None = None, *, implementation: str | None = None
+    ) -> int | None:
+        """Tokens of a prompt from which sparse prefill is expected to be faster than dense here, by a rule of thumb.
+
+        Args:
+            pattern: of every head; None = the model's own patterns.
+            implementation: as in `prefill`.
+
+        Returns:
+            None where so many heads are dense that it never is.
+
+        Raises:
+            ValueError, NotImplementedError: as in `prefill`.
+        """
+        sparse, _ = self.sparse_on_device(implementation)
+        if pattern is not None and not isinstance(pattern, ModelPatterns):
+            pattern = uniform_patterns(self.config.num_layers, self.config.num_heads, pattern)
+        return pays_from(pattern or self.patterns, sparse)
+
     def decode(
         self,
         prefilled: PrefillResult,
@@ -223,6 +243,7 @@ class LanguageModel:
         Raises:
             ValueError: options out of range, a missing key, more tokens than the model has positions for, or a row that
                 would grow past the length at which longrope changes. At the call, not at the first token.
+            MemoryError: the device has too little, at a token.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p)
         sampling.check_key(key)
@@ -233,16 +254,18 @@ class LanguageModel:
         return self._decode(prefilled, max(lengths), max_new_tokens, sampling, key)
 
     def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
-        logits, cache = prefilled.logits, None
+        logits, cache = prefilled.logits, prefilled.cache
+        token: Any = None
+        del prefilled  # a caller who does not keep it has its memory back at the second token
         for made in range(max_new_tokens):
-            token, key = choose(logits, sampling, key)
-            yield np.asarray(token)
-            if made + 1 == max_new_tokens:
-                return
-            if cache is None:  # the steps donate it: this is a copy of the prompt's
-                held = prefilled.cache.capacity
-                cache = extend_cache(prefilled.cache, max(held, bucket_length(longest + max_new_tokens)))
-            logits, cache = read_token(self._graph, self._state, token, cache)
+            with memory_for(f"an answer of up to {max_new_tokens} tokens after {longest}"):
+                if made == 1:  # the steps donate it: this is a copy of the prompt's
+                    cache = extend_cache(cache, max(cache.capacity, bucket_length(longest + max_new_tokens)))
+                if made:
+                    logits, cache = read_token(self._graph, self._state, token, cache)
+                token, key = choose(logits, sampling, key)
+                tokens = np.asarray(token)
+            yield tokens
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Whether prompts and their answers have room, as `decode` asks after they were read.

@@ -12,7 +12,7 @@ from minference_jax.measure.attentions import (
     default_sizes,
     takes_granularity,
 )
-from minference_jax.measure.comparison import Answer, Comparison, compare, greedy_tokens, side_by_side, steps_of
+from minference_jax.measure.comparison import Answer, Comparison, Side, Step, compare, greedy_tokens, steps_of
 from minference_jax.measure.device import device_name, peak_memory
 from minference_jax.measure.prompts import Prompt, encode_question
 from minference_jax.measure.timing import PrefillTimer
@@ -25,6 +25,8 @@ __all__ = [
     "Comparison",
     "PrefillTimer",
     "Prompt",
+    "Side",
+    "Step",
     "attention_of",
     "compare",
     "default_sizes",
@@ -32,7 +34,6 @@ __all__ = [
     "encode_question",
     "greedy_tokens",
     "peak_memory",
-    "side_by_side",
     "steps_of",
     "takes_granularity",
 ]

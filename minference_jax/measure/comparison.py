@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from minference_jax.generate.streaming import decode_text
 from minference_jax.measure.attentions import DENSE, ChosenAttention
 from minference_jax.measure.device import peak_memory
 from minference_jax.measure.timing import PrefillTimer
+
+Side = Literal["dense", "sparse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,6 @@ class Answer:
         implementation: that ran.
         compile_seconds: from the first call to the end of its last compilation; None where nothing was compiled.
         seconds: of each timed prefill, from the call to the last array on the device.
-        result: of the last of them.
         tokens: greedy ones, up to and with the stop token; longer where the comparison needs more.
         text: up to the stop token.
     """
@@ -32,7 +35,6 @@ class Answer:
     implementation: str
     compile_seconds: float | None
     seconds: tuple[float, ...]
-    result: PrefillResult
     tokens: tuple[int, ...]
     text: str
 
@@ -71,6 +73,23 @@ class Comparison:
         return self.dense.median_seconds / self.sparse.median_seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of `compare`.
+
+    Attributes:
+        kind: "compile", where the first call compiles and warms; "prefill", a timed one; "decode", the answer.
+        side: whose.
+        timer: of that side.
+        run: of the timed prefills, from 1; 0 in other steps.
+    """
+
+    kind: Literal["compile", "prefill", "decode"]
+    side: Side
+    timer: PrefillTimer
+    run: int = 0
+
+
 def compare(
     model: LanguageModel,
     tokens: Sequence[int],
@@ -79,12 +98,13 @@ def compare(
     implementation: str | None,
     max_new_tokens: int,
     repeats: int,
-    step: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    step: Callable[[Step], AbstractContextManager[object]] = nullcontext,
+    on_token: Callable[[Side, int], None] | None = None,
 ) -> Comparison:
     """Prefills one prompt with dense and with another attention, in turn, and decodes greedily from both.
 
     Both are compiled and run once before anything is timed; then dense and the other take turns, so that a machine
-    that grows slower or faster changes both.
+    that grows slower or faster changes both. Then both answer, one after the other. No array stays on the device.
 
     Args:
         model: reads and answers.
@@ -93,25 +113,45 @@ def compare(
         implementation: of both; None = for each the first that can.
         max_new_tokens: most greedy tokens to make.
         repeats: timed runs of each.
-        step: entered with the name of each step, around it; there are `steps_of(repeats)`.
+        step: entered with each step, around it; there are `steps_of(repeats)`. What it raises ends the comparison.
+        on_token: is called with the side and each token of its answer; what it raises ends the comparison.
 
     Raises:
-        ValueError, NotImplementedError: as in `LanguageModel.prefill`.
+        ValueError, NotImplementedError, MemoryError: as in `LanguageModel.prefill` and `decode`.
     """
-    dense, sparse = PrefillTimer(model, tokens, DENSE), PrefillTimer(model, tokens, attention)
-    timers = {"dense": dense, attention.name if attention.name != "dense" else "dense again": sparse}
-    for name, timer in timers.items():
-        with step(f"compile {name}"):
+    chosen: dict[Side, ChosenAttention] = {"dense": DENSE, "sparse": attention}
+    timers = {side: PrefillTimer(model, tokens, one) for side, one in chosen.items()}
+    for side, timer in timers.items():
+        with step(Step(kind="compile", side=side, timer=timer)):
             timer.compile(implementation)
     for number in range(repeats):
-        for name, timer in timers.items():
-            with step(f"prefill {name}, run {number + 1} of {repeats}"):
+        for side, timer in timers.items():
+            with step(Step(kind="prefill", side=side, timer=timer, run=number + 1)):
                 timer.run()
-    with step("decode dense"):
-        dense_tokens = greedy_tokens(model, dense.result, max_new_tokens, at_least=1)
-    with step(f"decode {attention.name}"):
-        sparse_tokens = greedy_tokens(model, sparse.result, max_new_tokens, at_least=len(dense_tokens))
-    return side_by_side(model, (dense, dense_tokens), (sparse, sparse_tokens))
+    logits = [np.asarray(timer.result.logits[0]) for timer in timers.values()]
+    density = timers["sparse"].result.density
+    kept = None if density is None else np.asarray(density)[:, 0]
+    made: dict[Side, list[int]] = {}
+    for side, timer in timers.items():
+        with step(Step(kind="decode", side=side, timer=timer)):
+            made[side] = greedy_tokens(
+                model,
+                timer.take(),
+                max_new_tokens,
+                at_least=len(made.get("dense", [0])),
+                on_token=None if on_token is None else partial(on_token, side),
+            )
+    peak_bytes, peak_of = peak_memory()
+    return Comparison(
+        dense=_answer(model, timers["dense"], made["dense"]),
+        sparse=_answer(model, timers["sparse"], made["sparse"]),
+        compared=len(made["dense"]),
+        agreed=sum(a == b for a, b in zip(made["dense"], made["sparse"], strict=False)),
+        max_logit_difference=float(np.abs(logits[0] - logits[1]).max()),
+        density=kept,
+        peak_bytes=peak_bytes,
+        peak_of=peak_of,
+    )
 
 
 def steps_of(repeats: int) -> int:
@@ -119,53 +159,45 @@ def steps_of(repeats: int) -> int:
     return 2 * (repeats + 2)
 
 
-def side_by_side(
-    model: LanguageModel, dense: tuple[PrefillTimer, Sequence[int]], sparse: tuple[PrefillTimer, Sequence[int]]
-) -> Comparison:
-    """What two timers found, put together.
+def greedy_tokens(
+    model: LanguageModel,
+    prefilled: PrefillResult,
+    max_new_tokens: int,
+    *,
+    at_least: int,
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:
+    """Greedy tokens up to and with the first stop token, going on behind it where fewer than at_least are there.
 
     Args:
-        model: of both.
-        dense, sparse: each a timer that has run, and the greedy tokens that follow its result; those of sparse at least
-            as many as those of dense.
+        model: that read.
+        prefilled: what to go on from; a caller who does not keep it has its memory back at the second token.
+        max_new_tokens: most tokens.
+        at_least: tokens to make whatever comes, up to max_new_tokens.
+        on_token: is called with each token when it is there.
     """
-    answers = [
-        Answer(
-            implementation=timer.implementation,
-            compile_seconds=timer.compile_seconds,
-            seconds=tuple(timer.seconds),
-            result=timer.result,
-            tokens=tuple(tokens),
-            text=_text(model, tokens),
-        )
-        for timer, tokens in (dense, sparse)
-    ]
-    ours, theirs = (answer.tokens for answer in answers)
-    logits = [np.asarray(answer.result.logits[0]) for answer in answers]
-    density = answers[1].result.density
-    peak_bytes, peak_of = peak_memory()
-    return Comparison(
-        dense=answers[0],
-        sparse=answers[1],
-        compared=len(ours),
-        agreed=sum(a == b for a, b in zip(ours, theirs, strict=False)),
-        max_logit_difference=float(np.abs(logits[0] - logits[1]).max()),
-        density=None if density is None else np.asarray(density)[:, 0],
-        peak_bytes=peak_bytes,
-        peak_of=peak_of,
-    )
-
-
-def greedy_tokens(model: LanguageModel, prefilled: PrefillResult, max_new_tokens: int, *, at_least: int) -> list[int]:
-    """Greedy tokens up to and with the first stop token, going on behind it where fewer than at_least are there."""
+    stream = model.decode(prefilled, max_new_tokens=max_new_tokens)
+    del prefilled
     tokens: list[int] = []
     stopped = False
-    for (token,) in model.decode(prefilled, max_new_tokens=max_new_tokens):
+    for (token,) in stream:
         tokens.append(int(token))
+        if on_token is not None:
+            on_token(tokens[-1])
         stopped = stopped or tokens[-1] in model.stop_tokens
         if stopped and len(tokens) >= at_least:
             break
     return tokens
+
+
+def _answer(model: LanguageModel, timer: PrefillTimer, tokens: Sequence[int]) -> Answer:
+    return Answer(
+        implementation=timer.implementation,
+        compile_seconds=timer.compile_seconds,
+        seconds=tuple(timer.seconds),
+        tokens=tuple(tokens),
+        text=_text(model, tokens),
+    )
 
 
 def _text(model: LanguageModel, tokens: Sequence[int]) -> str:

@@ -11,12 +11,15 @@ import jax
 
 
 def device_name() -> str:
-    """The device that computes, with the number of usable cores where that is the CPU."""
+    """The device that jax computes on; for a CPU its model and the number of cores this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU {platform.machine()}, {cores} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def peak_memory() -> tuple[int | None, str]:

@@ -68,6 +68,12 @@ class PrefillTimer:
         self.result = self._call()
         self.seconds.append(time.perf_counter() - start)
 
+    def take(self) -> PrefillResult:
+        """Hands over the result of the last call: the timer does not hold it any more."""
+        result = self.result
+        del self.result
+        return result
+
     def _call(self) -> PrefillResult:
         implementation = self.implementation
         return jax.block_until_ready(

@@ -44,8 +44,8 @@ def make_service(model):
 
 @pytest.fixture(scope="session")
 def browser_service(model):
-    """The service behind all browser tests; a line of one."""
-    return service_of(model, max_line=1, max_prompt_tokens=1500)
+    """The service behind all browser tests; a queue of one."""
+    return service_of(model, max_queue=1, max_prompt_tokens=1500)
 
 
 @pytest.fixture

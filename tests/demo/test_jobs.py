@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from minference_jax.demo import jobs
+from minference_jax.demo import jobs, service
 from minference_jax.demo.jobs import Cancelled, Device
 from minference_jax.demo.service import follow, outcome
 from minference_jax.demo.settings import Refused
@@ -16,7 +16,7 @@ from minference_jax.demo.settings import Refused
 
 @pytest.fixture
 def device():
-    device = Device(max_line=2)
+    device = Device(max_queue=2)
     yield device
     device.close()
 
@@ -102,11 +102,50 @@ def test_job_that_nobody_follows_stops(device, monkeypatch):
         job.result()
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_job_stops_where_its_visitor_does_not_listen_even_if_the_server_follows(device, monkeypatch, listens):
+    monkeypatch.setattr(jobs, "PATIENCE", 2.0)
+    monkeypatch.setattr(service, "_POLL_SECONDS", 0.02)
+    job, go = held(device)
+    end = time.monotonic() + 3
+
+    async def watch():
+        async for _ in follow(job, lambda: listens):
+            if time.monotonic() > end:
+                go.set()
+
+    asyncio.run(watch())
+    assert outcome(job) == ("" if listens else "Cancelled.")
+
+
+def test_job_whose_visitor_went_away_holds_no_place_in_the_queue(device, monkeypatch):
+    _, go = held(device)
+    waiting = [device.submit(name, lambda job: None) for name in ("second", "third")]
+    monkeypatch.setattr(jobs, "PATIENCE", -1)
+    device.submit("fourth", lambda job: None)
+    assert all(job.cancelled for job in waiting)
+    go.set()
+
+
+@pytest.mark.parametrize(
+    ("max_queue", "said"), [(0, "Somebody else's run is not over yet:"), (1, "1 run waits already:")]
+)
+def test_full_queue_is_told_in_the_right_number(max_queue, said):
+    device = Device(max_queue)
+    _, go = held(device)
+    for number in range(max_queue):
+        device.submit(str(number), lambda job: None)
+    with pytest.raises(Refused, match=said):
+        device.submit("last", lambda job: None)
+    go.set()
+    device.close()
+
+
 def test_job_is_cancelled_when_its_page_goes_away(device):
     job, _ = held(device)
 
     async def watch():
-        steps = follow(job)
+        steps = follow(job, lambda: True)
         await anext(steps)
         await steps.aclose()
 

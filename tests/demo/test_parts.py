@@ -3,28 +3,30 @@
 import asyncio
 import json
 import os
+import socket
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from small_models import write_model
 
 from minference_jax.cli import main
 from minference_jax.demo import energy, needle, views
 from minference_jax.demo.plots import History, Point, history_picture
-from minference_jax.demo.runs import RunState, Side, Summary
+from minference_jax.demo.runs import RunState, Side, first_attention
 from minference_jax.demo.shield import Shield, is_inside
-from minference_jax.measure import attention_of
+from minference_jax.demo.visitors import Visitors
+from minference_jax.measure import Answer, Comparison, attention_of
 
-SUMMARY = Summary(
-    dense_seconds=20.0,
-    sparse_seconds=5.0,
-    speedup=4.0,
-    density=0.25,
-    density_range=(0.2, 0.3),
-    implementations=("xla", "xla"),
+ANSWER = {"implementation": "xla", "compile_seconds": None, "tokens": (1,), "text": ""}
+FOUND = Comparison(
+    dense=Answer(seconds=(20.0,), **ANSWER),
+    sparse=Answer(seconds=(5.0,), **ANSWER),
+    density=np.array([[0.2, 0.3]]),
     agreed=3,
     compared=4,
     max_logit_difference=0.5,
@@ -32,7 +34,7 @@ SUMMARY = Summary(
     peak_of="process",
 )
 STATE = RunState(attention_of("a_shape"), tokens=4000, dense=Side(2.0, (20.0,), None, "It is <b>red</b> now."))
-STATE = replace(STATE, sparse=Side(None, (5.0,), None, "It is <b>blue</b> now."), comparison=SUMMARY)
+STATE = replace(STATE, sparse=Side(None, (5.0,), None, "It is <b>blue</b> now."), comparison=FOUND)
 
 
 def test_example_in_the_package_is_the_one_of_the_repository():
@@ -59,7 +61,30 @@ def test_numbers_are_dashes_then_run_then_stand():
     done = views.numbers(STATE, 0.0)
     assert all(part in done for part in ("20.0 s", "5.00 s", "4.00×", "4,000 tokens", "density 0.25", "2.00 GB"))
     assert "slower" not in done
-    assert "slower" in views.numbers(replace(STATE, comparison=replace(SUMMARY, speedup=0.9)), 0.0)
+
+
+def test_page_says_why_sparse_is_slower_and_from_which_length_it_pays():
+    slow = replace(STATE, comparison=replace(FOUND, sparse=FOUND.dense, dense=FOUND.sparse), pays_from=16384)
+    assert "slower here: choosing keys costs more" in views.numbers(slow, 0.0)
+    assert "pays from about 16,384 tokens on this device" in views.numbers(slow, 0.0)
+    assert "rule of thumb" not in views.numbers(replace(slow, pays_from=4000), 0.0)
+    assert "not expected to pay at any length" in views.numbers(replace(slow, pays_from=None), 0.0)
+    auto = replace(slow, attention=attention_of("auto"), comparison=replace(slow.comparison, density=None))
+    shown = views.numbers(auto, 0.0)
+    assert all(words in shown for words in ("auto took dense attention", "Dense attention ran twice", "16,384"))
+
+
+def test_page_begins_with_attention_that_can_pay(model):
+    pays = model.pays_from()
+    assert first_attention(model, pays, None) == attention_of("minference")
+    smaller = first_attention(model, pays - 1, None)
+    assert smaller.name == "vertical_slash"
+    assert model.pays_from(smaller.pattern) <= pays - 1
+
+
+def test_slashes_are_told_of_attention_that_has_them():
+    assert "slashes" not in views.details(STATE, no_energy="")
+    assert "slashes" in views.details(replace(STATE, attention=attention_of("auto")), no_energy="")
 
 
 def test_energy_is_shown_where_it_is_measured_and_else_why_not():
@@ -67,6 +92,7 @@ def test_energy_is_shown_where_it_is_measured_and_else_why_not():
     measured = replace(STATE, dense=replace(STATE.dense, joules=900.0), sparse=replace(STATE.sparse, joules=300.0))
     assert "900 J dense, 300 J sparse" in views.numbers(measured, 0.0)
     assert "300 J" in views.details(measured, no_energy="")
+    assert "too short for the card" in views.details(STATE, no_energy="")
 
 
 def test_plot_is_of_the_runs_of_one_model():
@@ -76,7 +102,7 @@ def test_plot_is_of_the_runs_of_one_model():
     for tokens in (4000, 2000):
         history.add(Point("a", "a_shape 1, 2", tokens, 2.0, 1.0))
     history.add(Point("b", "minference", 100, 2.0, 1.0))
-    assert [point.tokens for point in history.of("a")] == [2000, 4000]
+    assert [point.tokens for point in history.of("a")] == [4000, 2000]
     assert history_picture(history.of("a")).startswith("data:image/png;base64,")
     for number in range(300):
         history.add(Point("a", "a_shape 1, 2", number, 2.0, 1.0))
@@ -129,7 +155,7 @@ def test_there_is_no_energy_counter_on_a_cpu(monkeypatch):
     assert energy.open_counter().reason == "energy is measured on NVIDIA GPUs only"
 
 
-def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), chunks=(b"",)):
+def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), chunks=(b"",), query=b"", visitors=None):
     """Sends a request through a shield; gives the status that came back, and the body that came through."""
     got, sent = [], []
 
@@ -150,8 +176,10 @@ def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), ch
     async def receive():
         return next(queue)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
-    asyncio.run(Shield(app, max_body=100, folder=folder, max_folder=50)(scope, receive, send))
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": query}
+    visitors = Visitors() if visitors is None else visitors
+    shield = Shield(app, max_body=100, folder=folder, max_folder=50, visitors=visitors)
+    asyncio.run(shield(scope, receive, send))
     return sent[0]["status"], b"".join(got), dict(sent[0]["headers"])
 
 
@@ -195,6 +223,25 @@ def test_shield_lets_through_only_what_the_page_asks_for(tmp_path, method, path)
     assert asks(tmp_path, method="GET", path="/")[0] == 200
 
 
+def test_shield_tells_who_listens_while_the_stream_is_open(tmp_path):
+    seen = []
+
+    class Watched(Visitors):
+        def listening(self, visitor):
+            seen.append(visitor)
+            return super().listening(visitor)
+
+    visitors = Watched()
+    asks(tmp_path, method="GET", path="/gradio_api/queue/data", query=b"session_hash=ab%20c", visitors=visitors)
+    asks(tmp_path, method="GET", path="/gradio_api/heartbeat/x", visitors=visitors)
+    assert seen == ["ab c"]
+    with visitors.listening("one"), visitors.listening("two"):
+        with visitors.listening("one"):
+            pass
+        assert visitors.listens("one")
+    assert not any(map(visitors.listens, ("one", "two", "ab c")))
+
+
 def test_files_that_were_not_uploaded_here_are_refused(tmp_path):
     folder = tmp_path / "uploads"
     (folder / "1").mkdir(parents=True)
@@ -215,11 +262,49 @@ def test_command_says_which_package_is_missing(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--attention", "dense"], ["--max-line", "-1"], ["--max-prompt-tokens", "0"], ["--port", "99999"]]
+    ("options", "said"),
+    [
+        (["--attention", "dense"], "invalid choice"),
+        (["--max-queue", "-1"], "'-1' must be an integer of at least 0"),
+        (["--max-prompt-tokens", "0"], "'0' must be"),
+        (["--port", "99999"], "'99999' must be a port"),
+        (["--host", "192.0.2.1"], "192.0.2.1 can't be listened on: it is not an address of this machine"),
+        (["--host", "a" * 70 + ".b"], "is no address and no name of a machine"),
+        (["--implementation", "nope"], "implementation='nope' is not one of"),
+        (["--example-tokens", "99", "--max-prompt-tokens", "98"], "--example-tokens 99 is more than the 98 tokens"),
+        (["--model", "a/one", "--model", "b/one"], "two models are called one"),
+        (["--vertical-size", "8"], "--vertical-size does not go with --attention minference"),
+    ],
 )
-def test_command_refuses_options_in_a_sentence(options, capsys):
+def test_command_refuses_options_in_a_sentence_before_a_model_is_loaded(options, said, capsys, monkeypatch):
+    monkeypatch.setattr("minference_jax.cli.inputs.load", lambda *arguments, **options: pytest.fail("it loads"))
+    needs_gradio(options)
     assert main(["demo", *options]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def needs_gradio(options):
+    if options[0] not in ("--attention", "--max-queue", "--max-prompt-tokens", "--port"):
+        pytest.importorskip("gradio", reason="the demo needs its extra")
+
+
+def test_taken_port_is_told_before_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr("minference_jax.cli.inputs.load", lambda *arguments, **options: pytest.fail("it loads"))
+    needs_gradio(["taken"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 2
+    assert f"port {port} of 127.0.0.1 can't be listened on: it is taken\n" in capsys.readouterr().err
+
+
+def test_second_model_that_cannot_be_read_is_told_at_the_start(capsys, tmp_path):
+    needs_gradio(["models"])
+    write_model(tmp_path / "good")
+    write_model(tmp_path / "bad", tokenizer=False)
+    assert main(["demo", "--model", str(tmp_path / "good"), "--model", str(tmp_path / "bad")]) == 2
+    assert "bad has no tokenizer files" in capsys.readouterr().err
 
 
 def test_numbers_of_a_run_that_is_over_stand_still():

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 
 import odd_demo_files as odd
@@ -62,6 +63,37 @@ def test_encrypted_pdf_is_refused(monkeypatch):
     out = io.BytesIO()
     writer.write(out)
     assert read(out.getvalue(), MAX_PAGES, MOST) == {"refused": "encrypted"}
+
+
+def test_pdf_with_an_empty_password_is_read():
+    pypdf = pytest.importorskip("pypdf", reason="PDF files need the extra demo")
+    writer = pypdf.PdfWriter(io.BytesIO(odd.GOOD))
+    writer.encrypt("", "owner", algorithm="RC4-128")
+    out = io.BytesIO()
+    writer.write(out)
+    assert "Hello from a page" in read(out.getvalue(), MAX_PAGES, MOST)["text"]
+
+
+TRAPS = {
+    "": "",
+    "memory": "bytearray(2**31)",
+    "time": "[0 for _ in iter(int, 1)]",
+    "file": "__import__('pathlib').Path('written').write_text('a')",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds of a process are tested on Linux")
+@pytest.mark.parametrize("trap", TRAPS)
+def test_process_that_reads_pdf_files_is_bounded(tmp_path, trap):
+    program = (
+        "import sys\nfrom minference_jax.demo import pdf_text\npdf_text._CPU_SECONDS = 1\n"
+        f"def read(*arguments):\n    {TRAPS[trap] or 'pass'}\n    return {{'text': 'Words.'}}\n"
+        "pdf_text.read = read\npdf_text.main()"
+    )
+    command = [sys.executable, "-P", "-c", program, "1", "1"]
+    done = subprocess.run(command, input=b"", cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert (done.returncode == 0) == (not trap)
+    assert (b"Words." in done.stdout) == (not trap)
 
 
 def test_text_of_a_pdf_comes_from_a_process_of_its_own():
