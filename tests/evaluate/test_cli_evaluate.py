@@ -97,10 +97,11 @@ def test_every_option_reaches_the_samples(model, files, monkeypatch):
 
 
 def test_perplexity_is_told_by_attention(run, files):
-    code, out, _ = run(
-        "perplexity --model MODEL --text prose.txt --lengths 500 --attentions mixed.json --output p.jsonl"
+    code, out, err = run(
+        "perplexity --model MODEL --text prose.txt --lengths 500 --attentions mixed.json --output p.jsonl --progress"
     )
     assert code == 0
+    assert " 2/2 " in err  # the bar knows how many there are
     assert [line.split()[2] for line in out.splitlines()[1:]] == ["dense", "mixed.json"]
     if importlib.util.find_spec("matplotlib"):
         assert (

@@ -1,14 +1,14 @@
 """Prompts of the benchmarks: what they hold, how long they are, that each can be made again alone."""
 
+import copy
 import itertools
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
-from small_models import write_model
 
-import minference_jax
 from minference_jax.evaluate import ruler
 from minference_jax.evaluate.infinitebench import infinitebench_samples, read_infinitebench
 from minference_jax.evaluate.infinitebench_tasks import SYNTHETIC
@@ -22,12 +22,11 @@ CONTEXT = 16_384
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model that may read so much; it never does here."""
-    folder = write_model(tmp_path_factory.mktemp("samples") / "hf")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
-    return minference_jax.load(folder)
+def model(model):
+    """That of the other tests as one that may read so much; it never does here."""
+    wide = copy.copy(model)
+    wide.config = SimpleNamespace(max_length=CONTEXT)
+    return wide
 
 
 def text_of(model, sample):
