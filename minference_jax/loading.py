@@ -61,8 +61,7 @@ def load(
     """
     table = choose_tiles(tiles)
     if model is None:
-        folder = platformdirs.user_cache_dir("minference-jax", appauthor=False) if cache_dir is None else cache_dir
-        model = fetch_default_model(folder, progress)
+        model = _default_model(cache_dir, progress)
     elif cache_dir is not None:
         raise ValueError(f"cache_dir={str(cache_dir)!r} is for the default model only, not for model={str(model)!r}")
     small_files = locate(model, weights=False)  # of a hub id: config and tokenizer, before weights are downloaded
@@ -74,6 +73,29 @@ def load(
     config, parameters = load_parameters(model, dtype=dtype, progress=progress)
     module = from_parameters(config, parameters)
     return LanguageModel(module, tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
+
+
+def _default_model(cache_dir: str | os.PathLike[str] | None, progress: Progress | None) -> Path:
+    folder = platformdirs.user_cache_dir("minference-jax", appauthor=False) if cache_dir is None else cache_dir
+    return fetch_default_model(folder, progress)
+
+
+def more_patterns(
+    model: str | os.PathLike[str] | None, config: DecoderConfig, patterns: str | os.PathLike[str]
+) -> ModelPatterns:
+    """Other patterns for a model that `load` has loaded, from what its argument `patterns` may name.
+
+    Args:
+        model: as it was given to `load`; the default model in this user's cache folder.
+        config: of the model.
+        patterns: a pattern file, a folder of the published files, or a MInference release.
+
+    Raises:
+        ValueError: they do not fit the model, the file is damaged, a folder or release has none for the model.
+        OSError: the file can't be read.
+    """
+    model = _default_model(None, None) if model is None else model
+    return choose_patterns(locate(model, weights=False), config, patterns, name=model)
 
 
 def default_tiles_file() -> Path:

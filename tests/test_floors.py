@@ -29,6 +29,8 @@ FLOORS |= {
     "patterns": 1,
     "cache": 1,
     "tile_table": 1,
+    "journal": 1,
+    "figures": 1,
     "kernels": 0,
 }
 SIBLINGS = {

@@ -6,21 +6,21 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minference_jax.bench.records import append, environment
+from minference_jax.bench.records import append
+from minference_jax.cli.evaluate_contenders import Choice, choose_contenders, with_patterns
 from minference_jax.cli.inputs import load_model, model_name, read_text
 from minference_jax.cli.progress import wants_bars
-from minference_jax.cli.values import HEAD_PATTERNS, head_pattern
 from minference_jax.evaluate import (
+    INFINITEBENCH_TASKS,
     NO_CORPUS,
     SYNTHETIC,
     Contender,
-    Sample,
     evaluate_answers,
     evaluate_perplexity,
     infinitebench_samples,
@@ -31,11 +31,13 @@ from minference_jax.evaluate import (
     summarize,
     table,
 )
-from minference_jax.evaluate.contenders import with_dense
-from minference_jax.evaluate.plots import check_plot
+from minference_jax.evaluate.ruler import ESSAY, QA
+from minference_jax.evaluate.samples import Samples, check_lengths, check_names
 from minference_jax.evaluate.statistics import quantile
+from minference_jax.figures import check_picture
 from minference_jax.generate import LanguageModel
-from minference_jax.patterns import read_patterns
+
+_SEED = 42  # where none is given
 
 _SETTINGS = {  # what a sample depends on beside its task, length and number
     *("dtype", "seed", "no_chat_template", "text", "depths", "template"),
@@ -46,36 +48,21 @@ _SETTINGS = {  # what a sample depends on beside its task, length and number
 def run(arguments: argparse.Namespace) -> None:
     """Asks, prints the table, and writes what the options name."""
     quantile(arguments.confidence)
-    if arguments.plot is not None:
-        check_plot(arguments.plot)
-    files = [Path(name).resolve() for name in (arguments.output, arguments.summary) if name is not None]
-    if len(set(files)) < len(files):
-        raise ValueError(f"--output and --summary are both {arguments.output}: name another file")
-    contenders = with_dense(choose_contenders(arguments))
+    check_options(arguments)
+    choices = choose_contenders(arguments)
+    _check_paths(arguments, choices)
     text = None if getattr(arguments, "text", None) is None else read_text(arguments.text)
     model = load_model(arguments)
+    contenders = with_patterns(choices, arguments.model, model)
     settings = {"suite": arguments.suite, "model": model_name(arguments)}
     settings |= {name: getattr(arguments, name) for name in sorted(_SETTINGS) if hasattr(arguments, name)}
-    with tqdm(desc=arguments.suite, unit="answer", file=sys.stderr, disable=not wants_bars(arguments.progress)) as bar:
-
-        def told(record: Mapping[str, Any]) -> None:
-            bar.set_postfix_str(f"{record['task']} {record['length']} {record['attention']}", refresh=False)
-            bar.update()
-
-        shared: dict[str, Any] = {"output": arguments.output, "settings": settings, "told": told}
-        if arguments.suite == "perplexity":
-            counts = {"excerpts": arguments.samples, "steps": arguments.steps}
-            records = evaluate_perplexity(model, text or "", arguments.lengths, contenders, **counts, **shared)
-        else:
-            samples = choose_samples(arguments, model, text)
-            shared["share_contexts"] = not arguments.whole_prompts
-            records = evaluate_answers(model, samples, contenders, **shared)
+    records = _records(arguments, model, contenders, text, settings)
     rows = summarize(records, arguments.confidence)
     print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else table(rows), flush=True)
     if arguments.summary is not None:
-        facts, made = settings | {"dtype": str(model.model.dtype)}, environment()
+        facts = settings | {"dtype": str(model.model.dtype)}
         for row in rows:
-            append(Path(arguments.summary), {**facts, **row, **made})
+            append(Path(arguments.summary), {**facts, **row})
     if arguments.plot is not None:
         plot(
             records,
@@ -85,44 +72,85 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def choose_contenders(arguments: argparse.Namespace) -> list[Contender]:
-    """What --attentions asks for; without it the model's own patterns and an A-shape of equal cost.
+def _records(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    contenders: Sequence[Contender],
+    text: str | None,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """What the benchmark finds, with a bar over all answers."""
+    samples: Samples | None = None
+    count = len(arguments.lengths) * arguments.samples
+    if arguments.suite != "perplexity":
+        samples = choose_samples(arguments, model, text)
+        count = len(samples)
+    shown = wants_bars(arguments.progress)
+    bar = tqdm(desc=arguments.suite, total=count * len(contenders), unit="answer", file=sys.stderr, disable=not shown)
+    with bar:
+
+        def on_record(record: Mapping[str, Any]) -> None:
+            bar.set_postfix_str(f"{record['task']} {record['length']} {record['attention']}", refresh=False)
+            bar.update()
+
+        shared: dict[str, Any] = {"output": arguments.output, "settings": settings, "on_record": on_record}
+        if samples is None:
+            counts = {"excerpts": arguments.samples, "steps": arguments.steps}
+            return evaluate_perplexity(model, text or "", arguments.lengths, contenders, **counts, **shared)
+        shared["share_contexts"] = not getattr(arguments, "whole_prompts", False)
+        return evaluate_answers(model, samples, contenders, **shared)
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuses options that would do nothing, and sets the seed where there is one.
 
     Raises:
-        ValueError: one that makes no sense.
-        OSError: a pattern file can't be read.
+        ValueError: an option that does not go with the others.
     """
-    found: list[Contender] = []
-    for one in arguments.attentions or ["minference", "a_shape"]:
-        name, equals, what = one.partition("=")
-        name, what = (name, what) if equals else (Path(one).name, one)
-        found.append(_contender(name, what, found, arguments))
-    return found
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
+    if arguments.suite == "infinitebench":
+        from_files = arguments.data is not None
+        if arguments.truncate_middle and not from_files:
+            raise ValueError("--truncate-middle goes with --data: samples made anew fit their length")
+        if arguments.questions > 1 and from_files:
+            raise ValueError("--questions does not go with --data: the files have their questions")
+        if arguments.seed is not None and from_files:
+            raise ValueError("--seed does not go with --data: nothing is drawn")
+        if arguments.whole_prompts and arguments.questions == 1 and not from_files:
+            raise ValueError("--whole-prompts goes with --questions or --data: else no two questions share a context")
+        if from_files:
+            return
+    if arguments.suite == "ruler":
+        tasks = arguments.tasks or NO_CORPUS
+        for option, users in (("text", ESSAY), ("squad", QA[:1]), ("hotpotqa", QA[1:])):
+            if getattr(arguments, option) is not None and not set(users) & set(tasks):
+                raise ValueError(f"--{option} is for {', '.join(users)}, none of which is among --tasks")
+    if hasattr(arguments, "seed") and arguments.seed is None:
+        arguments.seed = _SEED
 
 
-def _contender(name: str, what: str, before: list[Contender], arguments: argparse.Namespace) -> Contender:
-    options: dict[str, Any] = {"name": name, "implementation": arguments.implementation}
-    granularity = {"slash_granularity": arguments.slash_granularity}
-    kind = what.partition(":")[0]
-    if what == "dense":
-        return Contender(**options, attention="dense")
-    if what == "minference":
-        return Contender(**options, **granularity)
-    if what == "a_shape":
-        others = [one.name for one in before if one.attention not in ("a_shape", "dense")]
-        if not others:
-            raise ValueError("a_shape costs as much as a sparse attention named before it, or give a_shape:SINK,WINDOW")
-        return Contender(**options, attention="a_shape", equal_cost_to=others[0])
-    if kind in HEAD_PATTERNS:
-        try:
-            pattern = head_pattern(what)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(str(error)) from None
-        return Contender(**options, **granularity, attention=kind, pattern=pattern)
-    return Contender(**options, **granularity, pattern=read_patterns(what))
+def _check_paths(arguments: argparse.Namespace, choices: Sequence[Choice]) -> None:
+    """Refuses outputs that are one file, are also read, or are folders."""
+    outputs = {f"--{name}": getattr(arguments, name) for name in ("output", "summary", "plot")}
+    inputs = {
+        f"--{name}": getattr(arguments, name, None) for name in ("text", "template", "squad", "hotpotqa", "tiles")
+    }
+    inputs |= {f"--attentions {one.contender.name}": one.source for one in choices}
+    if getattr(arguments, "data", None) is not None:
+        tasks = arguments.tasks or SYNTHETIC
+        inputs |= {f"--data {task}": str(Path(arguments.data) / f"{task}.jsonl") for task in tasks}
+    given = {name: Path(path).resolve() for name, path in outputs.items() if path is not None}
+    read = {name: Path(path).resolve() for name, path in inputs.items() if path not in (None, "-")}
+    for place, (name, path) in enumerate(given.items()):
+        if path.is_dir():
+            raise ValueError(f"{name} {outputs[name]} is a folder: name a file")
+        for other, same in [*list(given.items())[:place], *read.items()]:
+            if path == same:
+                raise ValueError(f"{other} and {name} are both {outputs[name]}: name another file")
 
 
-def choose_samples(arguments: argparse.Namespace, model: LanguageModel, text: str | None) -> Iterator[Sample]:
+def choose_samples(arguments: argparse.Namespace, model: LanguageModel, text: str | None) -> Samples:
     """The samples that the options ask for."""
     chat = False if arguments.no_chat_template else None
     same: dict[str, Any] = {"seed": arguments.seed, "chat": chat}
@@ -136,13 +164,11 @@ def choose_samples(arguments: argparse.Namespace, model: LanguageModel, text: st
         files = {"squad": arguments.squad, "hotpotqa": arguments.hotpotqa}
         return ruler_samples(model, arguments.tasks or NO_CORPUS, arguments.lengths, essays=text, **files, **same)
     tasks = arguments.tasks or list(SYNTHETIC)
+    check_names("task", tasks, tuple(SYNTHETIC) if arguments.data is None else INFINITEBENCH_TASKS)
+    check_lengths(model, arguments.lengths)
     if arguments.data is None:
-        if arguments.truncate_middle:
-            raise ValueError("--truncate-middle goes with --data: samples made anew fit their length")
         return infinitebench_samples(model, tasks, arguments.lengths, questions=arguments.questions, **same)
-    if arguments.questions > 1:
-        raise ValueError("--questions does not go with --data: the files have their questions")
-    return itertools.chain.from_iterable(
+    found = [
         read_infinitebench(
             model,
             Path(arguments.data) / f"{task}.jsonl",
@@ -153,4 +179,5 @@ def choose_samples(arguments: argparse.Namespace, model: LanguageModel, text: st
             chat=chat,
         )
         for task, length in itertools.product(tasks, arguments.lengths)
-    )
+    ]
+    return Samples([(one,) for one in found], iter, sum(map(len, found)))

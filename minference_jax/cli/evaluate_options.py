@@ -8,9 +8,10 @@ from minference_jax.cli.parser import add_model
 from minference_jax.cli.values import positive
 
 _ATTENTION_HELP = (
-    "beside dense: minference (the model's own patterns), a pattern file, a_shape (as many tiles as the first other "
-    "one), a_shape:SINK,WINDOW, vertical_slash:VERTICALS,SLASHES, block_sparse:BLOCKS; NAME= calls it so "
-    "(minference a_shape)"
+    "beside dense: minference (the model's own patterns), a pattern file, a folder of the published files or a "
+    "MInference release (the one for the model), a_shape (as many tiles as the first other one), a_shape:SINK,WINDOW, "
+    "vertical_slash:VERTICALS,SLASHES, block_sparse:BLOCKS; NAME= calls it so, where NAME has no slash: write a path "
+    "with = in it as ./PATH (minference a_shape)"
 )
 
 
@@ -42,6 +43,11 @@ def add_evaluate(commands: Any) -> None:
     infinite.add_argument(
         "--questions", type=positive, default=1, metavar="N", help="about each context of kv_retrieval (1)"
     )
+    infinite.add_argument(
+        "--whole-prompts",
+        action="store_true",
+        help="read every prompt whole, as the paper does, also where several questions share a context",
+    )
     _add_samples(infinite, 20, "for each task and length")
     text = _add_suite(suites, "perplexity", "how well a text is predicted, by position")
     text.add_argument("--text", metavar="FILE", required=True, help="prose (UTF-8), the length times the samples long")
@@ -61,20 +67,15 @@ def _add_suite(suites: Any, name: str, does: str) -> Any:
         "--lengths", type=positive, nargs="+", default=[4096], metavar="N", help="tokens of prompt and answer (4096)"
     )
     parser.add_argument("--attentions", nargs="+", metavar="[NAME=]WHAT", help=_ATTENTION_HELP)
-    parser.add_argument("--slash-granularity", choices=("line", "block"), default="line", help="as in prefill (line)")
+    parser.add_argument("--slash-granularity", choices=("line", "block"), help="as in prefill (line)")
     parser.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
     if name != "perplexity":
-        parser.add_argument("--seed", type=int, default=42, metavar="N", help="of all that is drawn (42)")
+        parser.add_argument("--seed", type=int, metavar="N", help="of all that is drawn (42)")
         parser.add_argument("--no-chat-template", action="store_true", help="plain text, whatever the model has")
-        parser.add_argument(
-            "--whole-prompts",
-            action="store_true",
-            help="read every prompt whole, as the paper does, also where several questions could share a context",
-        )
     parser.add_argument("--confidence", type=float, default=0.95, metavar="X", help="of the intervals (0.95)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines of every sample; one that exists is gone on with")
     parser.add_argument("--summary", metavar="FILE", help="append the table's rows to this file of JSON lines")
-    parser.add_argument("--plot", metavar="FILE", help="draw a picture (png, svg or pdf); needs the extra evaluate")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture (png, svg or pdf); needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print the table's rows as JSON lines")
     return parser
 

@@ -14,7 +14,7 @@ from minference_jax.evaluate.perplexity import evaluate_perplexity
 from minference_jax.evaluate.plots import plot
 from minference_jax.evaluate.ruler import NO_CORPUS, RULER_TASKS, ruler_samples
 from minference_jax.evaluate.run import evaluate_answers
-from minference_jax.evaluate.samples import Sample
+from minference_jax.evaluate.samples import Sample, Samples
 from minference_jax.evaluate.summary import summarize, table
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SYNTHETIC",
     "Contender",
     "Sample",
+    "Samples",
     "equal_cost_a_shape",
     "evaluate_answers",
     "evaluate_perplexity",

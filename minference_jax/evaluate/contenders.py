@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minference_jax.analysis import settings_for
 from minference_jax.attention import sparse_attention
 from minference_jax.generate import ATTENTION_NAMES, LanguageModel, bucket_length
+from minference_jax.generate.attend import choose_attend
+from minference_jax.implementations import named
 from minference_jax.index import SlashGranularity
 from minference_jax.patterns import AShape, HeadPattern, ModelPatterns, PatternArrays, PatternKind
 
@@ -58,15 +62,68 @@ class Contender:
             raise ValueError(f"{self.name}: sink_size={self.sink_size} must be at least 1")
 
     def settings(self, model: LanguageModel) -> dict[str, Any]:
-        """What tells it from others, as plain JSON; patterns also as a digest of every head's sizes."""
-        fields = ("name", "attention", "slash_granularity", "implementation", "equal_cost_to", "sink_size")
-        patterns, digest = self.pattern, None
-        if self.attention == "minference" and patterns is None:
-            patterns = model.patterns
+        """What its results depend on beside the model, as plain JSON; patterns also as a digest of every head's sizes.
+
+        Of the tiles that run here it has the two sizes that change what is kept.
+
+        Raises:
+            ValueError: patterns that do not fit the model, an unknown granularity or implementation.
+            NotImplementedError: the named implementation can't run sparse attention there.
+        """
+        fields = ("attention", "implementation", "equal_cost_to")
+        facts = {name: getattr(self, name) for name in fields} | {"sink_size": self.sink_size}
+        if self.equal_cost_to is None:
+            facts["sink_size"] = None
+        patterns, digest, tiles = self.check(model), None, None
         if isinstance(patterns, ModelPatterns):
             sizes = b"".join(np.asarray(x).tobytes() for x in patterns.arrays())
             digest = hashlib.sha256(sizes).hexdigest()[:16]
-        return {name: getattr(self, name) for name in fields} | {"pattern": describe(patterns), "digest": digest}
+        if self.attention == "dense":
+            named(self.implementation)
+        else:
+            how: Any = {"slash_granularity": self.slash_granularity, "implementation": self.implementation}
+            chosen = settings_for(model, **how).tiles
+            tiles = {"block_q": chosen.block_q, "block_kv": chosen.block_kv}
+        facts |= {"slash_granularity": self.slash_granularity, "tiles": tiles}
+        return facts | {"pattern": describe(patterns), "pattern_sha256": digest}
+
+    def check(self, model: LanguageModel) -> HeadPattern | ModelPatterns | None:
+        """The pattern that it has with a model.
+
+        Raises:
+            ValueError: it does not fit the attention or the model.
+        """
+        if self.equal_cost_to is not None:
+            return None
+        try:
+            choose_attend(
+                self.attention,
+                self.pattern,
+                patterns=model.patterns,
+                slash_granularity=self.slash_granularity,
+                implementation=self.implementation,
+                tiles=None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        return model.patterns if self.attention == "minference" and self.pattern is None else self.pattern
+
+
+def contender_settings(ordered: Sequence[Contender], model: LanguageModel) -> dict[str, dict[str, Any]]:
+    """The settings of contenders by their names.
+
+    Raises:
+        ValueError: as `Contender.settings`; two are the same attention under two names.
+        NotImplementedError: as there.
+    """
+    found = {one.name: one.settings(model) for one in ordered}
+    seen: dict[str, str] = {}
+    for name, facts in found.items():
+        same = {key: value for key, value in facts.items() if key != "pattern" or facts["pattern_sha256"] is None}
+        other = seen.setdefault(json.dumps(same, sort_keys=True), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} are the same attention: leave one of them out")
+    return found
 
 
 def describe(pattern: HeadPattern | ModelPatterns | None) -> str | None:

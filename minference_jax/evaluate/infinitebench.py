@@ -9,20 +9,25 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 from minference_jax.evaluate.infinitebench_tasks import SYNTHETIC, Context
+from minference_jax.evaluate.metrics import rouge_scorer
 from minference_jax.evaluate.samples import (
     Encode,
     Question,
     Sample,
+    Samples,
     check_counts,
+    check_lengths,
     check_names,
     encoder,
     generator,
     most_that_fit,
 )
 from minference_jax.generate import LanguageModel
+from minference_jax.patterns.heads import at
 
 
 class _Task(NamedTuple):
@@ -107,7 +112,7 @@ def infinitebench_samples(
     questions: int = 1,
     seed: int = 42,
     chat: bool | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """Samples of InfiniteBench's synthetic tasks, made anew, each prompt filled as far as its length goes.
 
     Args:
@@ -121,21 +126,27 @@ def infinitebench_samples(
 
     Raises:
         ValueError: an unknown task, a count below 1, several questions for a task that has one, a length that is too
-            short.
+            short or beyond the model's context. At the call, not at the first sample.
 
     Source: arXiv 2402.13718 and its code, OpenBMB/InfiniteBench, with the prompts that microsoft/MInference uses; how
     the lists, expressions and functions are drawn is ours. math_calc may say as many tokens as its answer has.
     """
     check_names("task", tasks, tuple(SYNTHETIC))
-    check_counts(samples=samples, questions=questions, **{f"lengths[{i}]": n for i, n in enumerate(lengths)})
+    check_counts(samples=samples, questions=questions)
+    check_lengths(model, lengths)
     for task in tasks:
         if questions > 1 and not SYNTHETIC[task].has_many_questions:
             raise ValueError(f"{questions=}: a context of {task} has one question only")
     encode = encoder(model, chat)
+
+    def make(task: str, length: int, first: int) -> Iterator[Sample]:
+        several = range(first, min(first + questions, samples))
+        return _about_one_context(task, length, several, encode, model, (seed, task, length, first))
+
     for task, length in itertools.product(tasks, lengths):
-        for first in range(0, samples, questions):
-            several = range(first, min(first + questions, samples))
-            yield from _about_one_context(task, length, several, encode, model, (seed, task, length, first))
+        next(make(task, length, 0))  # a length that is too short is to be said now
+    parts = list(itertools.product(tasks, lengths, range(0, samples, questions)))
+    return Samples(parts, make, len(tasks) * len(lengths) * samples)
 
 
 def _about_one_context(
@@ -175,7 +186,7 @@ def read_infinitebench(
     samples: int | None = None,
     truncate_middle: bool = False,
     chat: bool | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """Samples of one of InfiniteBench's twelve tasks from its own file of JSON lines.
 
     Args:
@@ -183,52 +194,81 @@ def read_infinitebench(
         file: JSON lines with context, input, answer and options.
         task: a name of INFINITEBENCH_TASKS.
         length: tokens of prompt and answer together; None = the model's context.
-        samples: the first so many lines; None = all.
+        samples: the first so many lines, or as many as there are; None = all.
         truncate_middle: take as many tokens out of the middle of a longer prompt as it has too many (MInference does,
             at 160,000); False = refuse it. What was taken out is counted in `about`.
         chat: as in `minference_jax.evaluate.samples.encoder`.
 
     Raises:
-        ValueError: an unknown task, a damaged line, a prompt that is too long.
+        ValueError: an unknown task, a length beyond the model's context, a damaged line, no line, a prompt that is too
+            long, a task whose scores need a package that is not installed. At the call, not at the first sample.
         OSError: the file can't be read.
 
     Source: as `infinitebench_samples`.
     """
     check_names("task", (task,), INFINITEBENCH_TASKS)
     limit = model.config.max_length if length is None else length
-    check_counts(length=limit, samples=1 if samples is None else samples)
+    check_counts(samples=1 if samples is None else samples)
+    check_lengths(model, (limit,))
+    if _TASKS[task].metric == "rouge_l_sum":
+        rouge_scorer()
     encode, ask = encoder(model, chat), _asker(task)
-    contexts: dict[str, int] = {}
-    with Path(file).open(encoding="utf-8") as lines:
-        for index, line in enumerate(itertools.islice((line for line in lines if line.strip()), samples)):
-            try:
-                fields = json.loads(line)
+
+    def make() -> Iterator[Sample]:
+        contexts: dict[str, int] = {}
+        for index, (number, fields) in enumerate(itertools.islice(_lines(file), samples)):
+            with at(f"{file}, line {number}"):
                 question = ask(fields)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                reason = f"{type(error).__name__} {error}"
-                raise ValueError(f"{file}: sample {index} is none of {task}: {reason}") from None
-            new = _answer_tokens(task, question, model)
-            prompt = encode(question)
-            excess = len(prompt) + new - limit
-            if excess > 0 and not truncate_middle:
-                raise ValueError(
-                    f"{file}: sample {index} has {len(prompt)} tokens and its answer up to {new}, more than "
-                    f"length={limit}: ask for truncate_middle to take tokens out of the middle"
-                )
-            if excess >= len(prompt):
-                raise ValueError(f"{file}: length={limit} has no room for an answer of {new} tokens")
-            head = (len(prompt) - max(excess, 0)) // 2
+                new = _answer_tokens(task, question, model)
+                prompt, cut = _fitted(encode(question), new, limit, truncate_middle)
             yield Sample(
                 task=task,
                 length=limit,
                 index=index,
                 context=contexts.setdefault(fields["context"], index),
-                prompt=tuple(prompt[:head] + prompt[head + max(excess, 0) :]),
+                prompt=tuple(prompt),
                 answers=question.answers,
                 metric=_TASKS[task].metric,
                 max_new_tokens=new,
-                about={"truncated_tokens": max(excess, 0)},
+                about={"truncated_tokens": cut},
             )
+
+    count = sum(1 for _ in make())  # a damaged line and a prompt that is too long are to be said now
+    if not count:
+        raise ValueError(f"{file} holds no sample")
+    return Samples([()], make, count)
+
+
+def _lines(file: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number and the fields of every line that is not blank."""
+    with Path(file).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            with at(f"{file}, line {number}"):
+                try:
+                    fields = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"it is not UTF-8 text: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"it is not JSON: {error}") from None
+                if not isinstance(fields, dict) or not isinstance(fields.get("context"), str):
+                    raise ValueError("it must be an object whose context is a text")
+            yield number, fields
+
+
+def _fitted(prompt: list[int], new: int, limit: int, truncate_middle: bool) -> tuple[list[int], int]:
+    """A prompt that has room for an answer of `new` tokens, and how many tokens were taken out of its middle."""
+    excess = max(len(prompt) + new - limit, 0)
+    if excess and not truncate_middle:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and its answer up to {new}, more than length={limit}: ask for "
+            f"truncate_middle to take tokens out of the middle"
+        )
+    if excess >= len(prompt):
+        raise ValueError(f"length={limit} has no room for an answer of {new} tokens")
+    head = (len(prompt) - excess) // 2
+    return prompt[:head] + prompt[head + excess :], excess
 
 
 def _answer_tokens(task: str, question: Question, model: LanguageModel) -> int:
@@ -239,33 +279,59 @@ def _answer_tokens(task: str, question: Question, model: LanguageModel) -> int:
     return min(most, len(model.tokenizer.encode(f" {list(question.answers)}", add_special_tokens=False)))
 
 
+_KINDS: dict[str, tuple[type, ...]] = {"first_number": (int, float), "last_integer": (int,), "leading_integers": (int,)}
+"""Of what type the answers are that a metric compares with; elsewhere texts."""
+
+
 def _asker(task: str) -> Callable[[Mapping[str, Any]], Question]:
-    """What makes a question of a line's fields; it raises KeyError, TypeError, IndexError or ValueError."""
+    """What makes a question of a line's fields; it raises ValueError where they are not those of the task."""
     recipe = _TASKS[task]
 
     def ask(fields: Mapping[str, Any]) -> Question:
         known = dict(fields)
-        answers = fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]]
+        answers = _needed(fields, "answer", object)
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or any(type(one) not in _KINDS.get(recipe.metric, (str,)) for one in answers):
+            what = " or ".join(kind.__name__ for kind in _KINDS.get(recipe.metric, (str,)))
+            raise ValueError(f"answer={short_repr(fields['answer'])} must be of type {what}, or a list of such")
+        if "{input}" in recipe.template or task in ("math_find", "code_run"):
+            _needed(fields, "input", str)
         if task == "math_find":
             known["target"] = "the " + _found(r"The (.+) of", fields["input"])[1].lower()
         if task == "code_run":
             known["call"] = _found(r"func_[0-9]+\(-?[0-9]+\)", fields["input"])[0]
             known["function"] = known["call"].partition("(")[0]
-        if task in ("code_debug", "longbook_choice_eng") and len(answers) == 1:
-            answers = [answers[0], "ABCD"[fields["options"].index(answers[0])]]
+        if "{options[0]}" in recipe.template:
+            answers = _with_letter(answers, _needed(fields, "options", list))
         text, prefix = recipe.template.format_map(known), recipe.answer_prefix.format_map(known)
         begun = re.search(r"\s(The [^\n]* is:\s*)$", text)
         if not prefix and begun:  # kv_retrieval's and math_find's inputs end with how the answer starts
             text, prefix = text[: begun.start()], text[begun.start() :]
-        if not answers:
-            raise ValueError("no answer")
         return Question((text,), tuple(answers), prefix)
 
     return ask
 
 
+def _needed(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if value is None or not isinstance(value, kind):
+        raise ValueError(f"{name}={short_repr(value)} must be {'there' if kind is object else f'a {kind.__name__}'}")
+    return value
+
+
+def _with_letter(answers: list[str], options: list[str]) -> list[str]:
+    """The right option and its letter; a file may name both."""
+    if len(options) != 4 or not all(isinstance(one, str) for one in options):
+        raise ValueError(f"options={short_repr(options)} must be four texts")
+    if len(answers) == 2 and answers[1] in "ABCD":
+        return answers
+    if len(answers) != 1 or answers[0] not in options:
+        raise ValueError(f"answer={short_repr(answers)} must be one of the options")
+    return [answers[0], "ABCD"[options.index(answers[0])]]
+
+
 def _found(pattern: str, text: str) -> re.Match[str]:
     found = re.search(pattern, text)
     if found is None:
-        raise ValueError(f"{text!r} does not hold {pattern}")
+        raise ValueError(f"input={short_repr(text)} does not hold {pattern}")
     return found

@@ -65,14 +65,12 @@ def kv_retrieval(random: Random, units: int) -> Context:
 
 
 def math_find(random: Random, units: int) -> Context:
-    """A list of numbers below 100, whose ends differ from list to list."""
+    """A list of numbers below 100, whose ends differ from list to list; an odd count, so that its median is in it."""
     low, high = random.randint(0, 40), random.randint(60, 99)
-    numbers = [random.randint(low, high) for _ in range(units)]
+    numbers = [random.randint(low, high) for _ in range(2 * units + 1)]
     ranked = sorted(set(numbers))
-    wanted: dict[str, float] = {
-        f"{nth}{end} number": ranked[place] for end, places in _ENDS.items() for nth, place in places.items()
-    }
-    wanted["median"] = median(numbers)
+    wanted = {f"{nth}{end} number": ranked[place] for end, places in _ENDS.items() for nth, place in places.items()}
+    wanted["median"] = int(median(numbers))
 
     def ask(draw: Random) -> Mapping[str, Any]:
         name = draw.choice(list(wanted))
@@ -123,7 +121,7 @@ SYNTHETIC: Mapping[str, Synthetic] = {
     "passkey": Synthetic(passkey),
     "number_string": Synthetic(number_string),
     "kv_retrieval": Synthetic(kv_retrieval, 4, has_many_questions=True),
-    "math_find": Synthetic(math_find, 200),
+    "math_find": Synthetic(math_find, 100),
     "math_calc": Synthetic(math_calc),
     "code_run": Synthetic(code_run, 2),
 }

@@ -1,98 +1,105 @@
-"""Results as JSON lines that an interrupted run goes on from."""
+"""The journal of an evaluation: what it was asked, then a line for each sample and attention. It makes it resumable.
+
+Lines with `environment` stand between the records: on which device, with which versions and commit those behind them
+were made.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from minference_jax import journal
 from minference_jax.bench.records import environment
+from minference_jax.journal import (
+    COUNT,
+    LIST,
+    NUMBER,
+    OBJECT,
+    SHARE,
+    TEXT,
+    WHOLE,
+    Check,
+    check_fields,
+    list_of,
+    or_null,
+)
+
+FORMAT = journal.Format("minference-jax/evaluation", 1, "an evaluation")
+PERPLEXITY = "perplexity"
+"""The task of the records that have likelihoods in place of answers."""
+ENVIRONMENT = ("device", "driver", "jax", "jaxlib", "commit", "date")
+"""What is known of where a record was made."""
 
 _KEY = ("task", "length", "index", "attention")
+_EVERY: dict[str, Check] = {"task": TEXT, "length": COUNT, "index": WHOLE, "attention": TEXT}
+_EVERY |= {"pattern": or_null(TEXT), "density": NUMBER, "prompt": TEXT}
+_ANSWER = _EVERY | {"context": WHOLE, "about": OBJECT, "tokens": COUNT, "shared_tokens": WHOLE, "said": TEXT}
+_ANSWER |= {"answers": LIST, "score": SHARE, "metric": TEXT}
+_ENVIRONMENT = dict.fromkeys(ENVIRONMENT, TEXT) | dict.fromkeys(("driver", "commit"), or_null(TEXT))
 
 
 class Journal:
-    """Records of a run, each written as soon as it is known. A line with `settings` comes first; lines with
-    `environment` say with which device, versions and commit those after them were made.
+    """Records of a run, each written as soon as it is known.
 
     Args:
-        path: file of JSON lines; one that exists is gone on with, and a last line that was not written to its end is
-            taken off. None = records are kept in memory alone.
+        path: of the file; one that exists is gone on with. None = records are kept in memory alone.
         settings: of the run, plain JSON; a file made with others is refused.
 
+    Attributes:
+        records: in the order in which they were made, each with its `environment`.
+
     Raises:
-        ValueError: the file is no such file, or was made with other settings.
+        ValueError: the file is damaged, something else, or was made with other settings.
         OSError: it can't be read or written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]):
         self.records: list[dict[str, Any]] = []
-        self._path = None if path is None else Path(path)
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if self._path is None:
-            return
-        settings = json.loads(json.dumps(settings))
-        lines = self._read() if self._path.exists() else []
-        if lines:
-            self._check(lines[0].get("settings"), settings)
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"settings": settings})
-        before = [line["environment"] for line in lines if "environment" in line]
-        if before[-1:] != [here := environment()]:
-            self._write({"environment": here})
-        for line in lines[1:]:
-            if "environment" not in line:
-                self._keep(line)
+        self._settings, self._here = settings, environment()
+        self._last: dict[str, Any] | None = None  # the environment that the file ends with
+        self._file = journal.Journal(path, FORMAT, settings, self._read)
 
     def find(self, task: str, length: int, index: int, attention: str) -> dict[str, Any] | None:
         """The record of one sample and attention; None where there is none yet."""
         return self._known.get((task, length, index, attention))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Keeps a record, and writes it where there is a file."""
-        self._keep(record)
-        if self._path is not None:
-            self._write(record)
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Keeps a record, and writes it where there is a file; gives it back with its environment."""
+        if self._last != self._here:
+            self._file.append({"environment": self._here})
+            self._last = self._here
+        self._file.append(record)
+        return self._keep(record)
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        try:
-            self._known[tuple(record[name] for name in _KEY)] = record
-        except KeyError as error:
-            raise ValueError(f"{self._path}: a record lacks {error}; it is no file of an evaluation") from None
-        self.records.append(record)
+    def _keep(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {**record, "environment": self._last}
+        self._known[tuple(record[name] for name in _KEY)] = kept
+        self.records.append(kept)
+        return kept
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._path is None:
+    def _read(self, line: dict[str, Any]) -> None:
+        """A line of the file; raises ValueError where it is not what an evaluation writes."""
+        if "environment" in line:
+            check_fields(line, {"environment": OBJECT})
+            check_fields(line["environment"], _ENVIRONMENT)
+            self._last = line["environment"]
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        if self._last is None:
+            raise ValueError("a record stands before any environment")
+        check_fields(line, self._checks(line))
+        if tuple(line[name] for name in _KEY) in self._known:
+            raise ValueError(f"{line['task']}, sample {line['index']}, of {line['attention']} is there twice")
+        self._keep(line)
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The whole lines; a torn last one is taken off the file."""
-        raw = self._path.read_bytes() if self._path is not None else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        try:
-            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
-            if not all(isinstance(line, dict) for line in lines) or (
-                lines and not isinstance(lines[0].get("settings"), dict)
-            ):
-                raise ValueError("its first line has no settings")
-            if raw and not lines and not raw.startswith(b'{"settings"'):
-                raise ValueError("it has no whole line")
-        except ValueError as error:
-            raise ValueError(f"{self._path} is no file of an evaluation: {error}") from None
-        if whole != raw and self._path is not None:
-            os.truncate(self._path, len(whole))
-        return lines
-
-    def _check(self, found: Any, settings: Mapping[str, Any]) -> None:
-        names = [*settings, *(name for name in found if name not in settings)]
-        for name in names:
-            if found.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{self._path} was made with {name}={found.get(name)!r}, this run has {settings.get(name)!r}: "
-                    "give another file"
-                )
+    def _checks(self, line: Mapping[str, Any]) -> dict[str, Check]:
+        names = tuple(self._settings["contenders"])
+        own = {"attention": Check(lambda value: value in names, f"one of {', '.join(names)}")}
+        if line.get("task") != PERPLEXITY:
+            return _ANSWER | own
+        sums, whole = (list_of(check, self._settings["steps"]) for check in (NUMBER, COUNT))
+        above = Check(lambda value: value is None, "null") if line.get("attention") == "dense" else sums
+        numbers = {"ends": whole, "counts": whole, "nll": sums, "nll_squares": sums}
+        return _EVERY | own | numbers | {"above": above, "above_squares": above}

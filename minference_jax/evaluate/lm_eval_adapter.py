@@ -3,6 +3,11 @@
 from lm_eval import simple_evaluate
 from minference_jax.evaluate.lm_eval_adapter import MinferenceLM
 simple_evaluate(MinferenceLM(minference_jax.load(), Contender(name="minference")), tasks=["arc_easy"])
+
+Its RULER tasks take their lengths and the tokenizer from metadata, which both parts of lm-eval must be given:
+
+metadata = {"max_seq_lengths": [4096], "tokenizer": "path/to/hf_folder"}
+simple_evaluate(model, tasks=["niah_single_1"], task_manager=TaskManager(metadata=metadata), metadata=metadata)
 """
 
 from __future__ import annotations

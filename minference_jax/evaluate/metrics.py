@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, TypeAlias
 
 Metric: TypeAlias = Callable[[str, Sequence[Any]], float]
@@ -28,14 +29,23 @@ def first_integer(said: str, answers: Sequence[str]) -> float:
 
 
 def is_word(said: str, answers: Sequence[str]) -> float:
-    """1 where the answer is a word of what was said. InfiniteBench's kv_retrieval."""
-    return float(answers[0] in re.sub(r"[\n:\"'.,?!{}]", " ", said).split())
+    """1 where the answer is a word of what was said, punctuation, </s>, The and To being blanks.
+
+    InfiniteBench's kv_retrieval, as microsoft/MInference scores it.
+    """
+    return float(answers[0] in re.sub(r"[\n:\"'.,?!{}]|</s>|The|To", " ", said).split())
 
 
 def first_number(said: str, answers: Sequence[float]) -> float:
-    """1 where the first number, with or without decimals, is the answer. InfiniteBench's math_find."""
-    found = re.search(r"\d+\.\d+|\d+", said)
-    return float(found is not None and float(found[0]) == answers[0])
+    """1 where the first number, with or without decimals, is the answer; to an integer's, decimals are cut off.
+
+    InfiniteBench's math_find, as microsoft/MInference scores it.
+    """
+    found = re.search(r"[0-9]+(\.[0-9]+)?", said)
+    if found is None:
+        return 0.0
+    number = Decimal(found[0])
+    return float((int(number) if isinstance(answers[0], int) else float(number)) == answers[0])
 
 
 def leading_integers(said: str, answers: Sequence[int]) -> float:
@@ -77,7 +87,7 @@ def choice(said: str, answers: Sequence[str]) -> float:
         _, found, rest = said.partition(phrase)
         if found:
             return float(rest[1:].startswith(tuple(answers)))
-    letters = [word for word in said.split() if word in ("A", "B", "C", "D")]
+    letters = [word for word in said.split() if word in "ABCD"]
     return float(bool(letters) and letters[0] in answers)
 
 
@@ -112,22 +122,39 @@ def f1_signs(said: str, answers: Sequence[str]) -> float:
     """The best F1 of common signs, without case, punctuation and space. InfiniteBench's longbook_qa_chn."""
 
     def signs(text: str) -> list[str]:
-        return [sign for sign in text.lower() if sign.isalnum()]
+        return [sign for sign in text.lower() if not sign.isspace() and sign not in _PUNCTUATION]
 
     return max(_f1(signs(said), signs(answer)) for answer in answers)
 
 
+_PUNCTUATION = frozenset(
+    string.punctuation
+    + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
+    + "〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
+)
+"""That longbook_qa_chn leaves out, as published: an opening double angle bracket is not among it."""
+
+
 def rouge_l_sum(said: str, answers: Sequence[str]) -> float:
-    """ROUGE-Lsum F1 by the package rouge-score. InfiniteBench's longbook_sum_eng.
+    """The best ROUGE-Lsum F1 by the package rouge-score. InfiniteBench's longbook_sum_eng.
 
     Raises:
         ValueError: the package is not installed.
+    """
+    return float(rouge_scorer()(["rougeLsum"]).score_multi(answers, said)["rougeLsum"].fmeasure)
+
+
+def rouge_scorer() -> Any:
+    """The class that scores summaries.
+
+    Raises:
+        ValueError: the package rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ValueError("longbook_sum_eng needs rouge-score: pip install 'minference-jax[evaluate]'") from None
-    return float(RougeScorer(["rougeLsum"]).score(answers[0], said)["rougeLsum"].fmeasure)
+    return RougeScorer
 
 
 def _f1(said: Sequence[str], answer: Sequence[str]) -> float:

@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from minference_jax.evaluate.samples import Question, Sample, check_counts, encoder, generator, most_that_fit
+from minference_jax.evaluate.samples import (
+    Question,
+    Sample,
+    Samples,
+    check_counts,
+    check_lengths,
+    encoder,
+    generator,
+    most_that_fit,
+)
 from minference_jax.generate import LanguageModel
 
 MAX_NEW_TOKENS = 32
@@ -34,7 +43,7 @@ def niah_samples(
     seed: int = 42,
     template: str = TEMPLATE,
     chat: bool | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """Needles in a haystack: for each length and round one prompt for each depth, filled with whole sentences.
 
     Args:
@@ -49,44 +58,51 @@ def niah_samples(
 
     Raises:
         ValueError: a count below 1, a template that lacks one of its two, a text without sentences or shorter than the
-            longest prompt, a length that not even one sentence fits, a model without tokenizer.
+            longest prompt, a length that not even one sentence fits or that is beyond the model's context, a model
+            without tokenizer. At the call, not at the first sample.
 
     Source: arXiv 2407.02490, section 4.2, and microsoft/MInference, experiments/needle_in_a_haystack: texts, number of
     new tokens and score; the haystack is the caller's, cut at sentences.
     """
-    check_counts(depths=depths, rounds=rounds, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
+    check_counts(depths=depths, rounds=rounds)
+    check_lengths(model, lengths)
     if not {"{context}", "{question}"} <= set(re.findall(r"\{\w+\}", template)):
         raise ValueError(f"{template=} must hold {{context}} and {{question}}")
     starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\u201d]*\s+", text))]
     if len(starts) < 2:
         raise ValueError("the haystack has no sentence: it needs prose whose sentences end in . ! or ?")
     encode = encoder(model, chat)
-    for length, turn in itertools.product(lengths, range(rounds)):
+
+    def make(length: int, turn: int, places: Sequence[int] = range(depths)) -> Iterator[Sample]:
         start = starts[turn * len(starts) // rounds]
         turned = text[start:] + text[:start]
         ends = [match.end() for match in re.finditer(r"[.!?][\"')\u201d]*(?=\s|$)", turned)]
-        for place in range(depths):
+        for place in places:
             depth = place / (depths - 1) if depths > 1 else 0.5
             random = generator(seed, "niah", length, turn, place)
             city, number = random.choice(CITIES), str(random.randint(1_000_000, 9_999_999))
-
             ask = partial(_question, turned, ends, depth, template, (city, number))
 
             def tokens(sentences: int, ask=ask) -> int:
                 return len(encode(ask(sentences))) + MAX_NEW_TOKENS
 
             count = most_that_fit(tokens, length, most=len(ends), what="niah")
+            index = turn * depths + place
             yield Sample(
                 task="niah",
                 length=length,
-                index=turn * depths + place,
-                context=turn * depths + place,
+                index=index,
+                context=index,
                 prompt=tuple(encode(ask(count))),
                 answers=(number,),
                 metric="contains_all",
                 max_new_tokens=MAX_NEW_TOKENS,
                 about={"depth": depth},
             )
+
+    for length in lengths:
+        next(make(length, 0, range(1)))  # one that is too short or too long is to be said now
+    return Samples(list(itertools.product(lengths, range(rounds))), make, len(lengths) * rounds * depths)
 
 
 def _question(

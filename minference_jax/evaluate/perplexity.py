@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from minference_jax.evaluate.contenders import Contender, describe, resolve, with_dense
+from minference_jax.evaluate.journal import PERPLEXITY as TASK
 from minference_jax.evaluate.journal import Journal
-from minference_jax.evaluate.run import Told, run_settings
-from minference_jax.evaluate.samples import check_counts
+from minference_jax.evaluate.run import OnRecord, run_settings
+from minference_jax.evaluate.samples import check_counts, check_lengths
 from minference_jax.generate import LanguageModel
-
-TASK = "perplexity"
 
 
 def evaluate_perplexity(
@@ -29,7 +28,7 @@ def evaluate_perplexity(
     steps: int = 8,
     output: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
-    told: Told | None = None,
+    on_record: OnRecord | None = None,
 ) -> list[dict[str, Any]]:
     """Negative log-likelihoods of a text's tokens by position, with dense attention and with each contender.
 
@@ -43,7 +42,7 @@ def evaluate_perplexity(
         contenders: beside dense attention, which always reads first.
         excerpts: for each length, one after the other from the text's beginning.
         steps: ranges of positions of equal size that likelihoods are summed over.
-        output, settings, told: as in `evaluate_answers`.
+        output, settings, on_record: as in `evaluate_answers`.
 
     Returns:
         Records: task, length, index (of the excerpt), attention, pattern, density, prompt; and for each range of
@@ -56,7 +55,8 @@ def evaluate_perplexity(
         NotImplementedError, MemoryError: as `LanguageModel.prefill`.
         OSError: the file can't be read or written.
     """
-    check_counts(excerpts=excerpts, steps=steps, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
+    check_counts(excerpts=excerpts, steps=steps)
+    check_lengths(model, lengths)
     if min(lengths) <= steps:
         raise ValueError(f"an excerpt of {min(lengths)} tokens has no room for {steps=} ranges of positions")
     ordered = with_dense(contenders)
@@ -65,8 +65,8 @@ def evaluate_perplexity(
     for length, several in cut:
         for index, tokens in enumerate(several):
             for record in _score(model, (length, index), tokens, ordered, steps, journal):
-                if told is not None:
-                    told(record)
+                if on_record is not None:
+                    on_record(record)
     return journal.records
 
 
@@ -116,9 +116,9 @@ def _score(
                 **_sums(-scores.log_probs.astype(np.float64), None if contender.name == "dense" else dense, steps),
             }
             if found[contender.name] is None:
-                journal.append(record)
+                found[contender.name] = journal.append(record)
         densities[contender.name] = record["density"]
-        yield record
+        yield found[contender.name] or record
 
 
 def _sums(nll: np.ndarray, dense: np.ndarray | None, steps: int) -> dict[str, Any]:

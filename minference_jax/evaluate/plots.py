@@ -9,20 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from minference_jax.evaluate.perplexity import TASK as PERPLEXITY
+from minference_jax.evaluate.journal import PERPLEXITY
 from minference_jax.evaluate.summary import summarize
-
-
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Whether a picture can be drawn to this file, before hours of work.
-
-    Raises:
-        ValueError: matplotlib is not installed, or does not know the file's ending.
-    """
-    known = _figure()[1]
-    ending = Path(path).suffix.removeprefix(".").lower()
-    if ending not in known:
-        raise ValueError(f"{path}: a plot's name ends in one of {', '.join(sorted(known))}")
+from minference_jax.figures import check_picture, figure_class
 
 
 def plot(
@@ -40,7 +29,7 @@ def plot(
         ValueError: no record; matplotlib is not installed, or does not know the file's ending.
         OSError: the file can't be written.
     """
-    check_plot(path)
+    check_picture(path)
     if not records:
         raise ValueError("there is no record to plot")
     if records[0]["task"] == PERPLEXITY:
@@ -54,16 +43,6 @@ def plot(
     figure.savefig(path, dpi=150)
 
 
-def _figure() -> tuple[Any, Any]:
-    """matplotlib's Figure, and the endings that it can write."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'minference-jax[evaluate]'") from None
-    return Figure, FigureCanvasAgg.get_supported_filetypes()
-
-
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["attention"] for row in rows))
 
@@ -73,7 +52,7 @@ def _heat_maps(records: Sequence[Mapping[str, Any]]) -> Any:
     names = _names(records)
     lengths = sorted({record["length"] for record in records})
     depths = sorted({record["about"]["depth"] for record in records})
-    figure = _figure()[0](figsize=(1.5 + (1.2 + 0.7 * len(lengths)) * len(names), 4.2), layout="constrained")
+    figure = figure_class()(figsize=(1.5 + (1.2 + 0.7 * len(lengths)) * len(names), 4.2), layout="constrained")
     all_axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(all_axes, names, strict=True):
         own = [record for record in records if record["attention"] == name]
@@ -97,7 +76,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Scores by length for each task, one line with intervals for each attention."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(len(tasks), 4)
-    figure = _figure()[0](figsize=(3.2 * columns + 0.5, 2.8 * -(-len(tasks) // columns) + 0.6), layout="constrained")
+    figure = figure_class()(figsize=(3.2 * columns + 0.5, 2.8 * -(-len(tasks) // columns) + 0.6), layout="constrained")
     grid = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).ravel()
     for axes, task in zip(grid, tasks, strict=False):
         for shift, name in enumerate(_names(rows)):
@@ -123,7 +102,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Any:
 def _perplexity(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Perplexity by position for each length, and below it how far each is above dense attention."""
     lengths = sorted({row["length"] for row in rows})
-    figure = _figure()[0](figsize=(4.2 * len(lengths) + 0.5, 5.5), layout="constrained")
+    figure = figure_class()(figsize=(4.2 * len(lengths) + 0.5, 5.5), layout="constrained")
     grid = figure.subplots(2, len(lengths), squeeze=False, sharex="col")
     for column, length in enumerate(lengths):
         for name in _names(rows):

@@ -14,7 +14,9 @@ from minference_jax.evaluate.ruler_qa import QaSource, read_hotpotqa, read_squad
 from minference_jax.evaluate.samples import (
     Question,
     Sample,
+    Samples,
     check_counts,
+    check_lengths,
     check_names,
     encoder,
     generator,
@@ -63,7 +65,7 @@ def ruler_samples(
     squad: str | os.PathLike[str] | None = None,
     hotpotqa: str | os.PathLike[str] | None = None,
     chat: bool | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """Samples of RULER's tasks, each prompt filled as far as its length goes.
 
     Args:
@@ -79,28 +81,36 @@ def ruler_samples(
 
     Raises:
         ValueError: an unknown task, a count below 1, a file or word list that a task needs and that is not given or is
-            damaged, a length that is too short, or too long for what there is to fill it with.
+            damaged, a file that no task needs, a length that is too short, too long for what there is to fill it with,
+            or beyond the model's context. At the call, not at the first sample.
         OSError: a file can't be read.
 
     Source: arXiv 2404.06654 and its code, NVIDIA/RULER: texts, sizes and scores are theirs. The random draws are ours,
     and a prompt is filled to the last unit that fits, where theirs stops at a coarse step.
     """
     check_names("task", tasks, RULER_TASKS)
-    check_counts(samples=samples, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
+    check_counts(samples=samples)
+    check_lengths(model, lengths)
+    for name, given, users in (("essays", essays, ESSAY), ("squad", squad, QA[:1]), ("hotpotqa", hotpotqa, QA[1:])):
+        if given is not None and not set(users) & set(tasks):
+            raise ValueError(f"{name} is for {', '.join(users)}, none of which is among the tasks")
     encode = encoder(model, chat)
     sources = {name: _qa_source(name, squad, hotpotqa) for name in QA if name in tasks}
-    for task, length in itertools.product(tasks, lengths):
-        recipe = _recipe(task, length, essays, sources)
-        for index in range(samples):
+    for name, source in sources.items():
+        if samples > len(source.asked):
+            raise ValueError(f"{samples=} are asked for, the file of {name} has {len(source.asked)} questions")
 
-            def ask(units: int, recipe=recipe, where=(seed, task, length, index)) -> Question:
+    def make(task: str, length: int, indices: Sequence[int] = range(samples)) -> Iterator[Sample]:
+        recipe = _recipe(task, length, essays, sources)
+        for index in indices:
+
+            def ask(units: int, where=(seed, task, length, index)) -> Question:
                 return recipe.ask(generator(*where), units, where[-1])
 
-            def tokens(units: int, recipe=recipe, ask=ask) -> int:
+            def tokens(units: int, ask=ask) -> int:
                 return len(encode(ask(units))) + recipe.max_new_tokens
 
-            bounds = {"least": recipe.least, "most": recipe.most, "what": task}
-            question = ask(most_that_fit(tokens, length, **bounds))  # type: ignore[arg-type]
+            question = ask(most_that_fit(tokens, length, least=recipe.least, most=recipe.most, what=task))
             yield Sample(
                 task=task,
                 length=length,
@@ -111,6 +121,11 @@ def ruler_samples(
                 metric=recipe.metric,
                 max_new_tokens=recipe.max_new_tokens,
             )
+
+    parts = list(itertools.product(tasks, lengths))
+    for part in parts:
+        next(make(*part, range(1)))  # what a task lacks, and a length that does not do, are to be said now
+    return Samples(parts, make, len(parts) * samples)
 
 
 def _recipe(task: str, length: int, essays: str | None, sources: dict[str, QaSource]) -> _Recipe:

@@ -82,14 +82,15 @@ def needles(
 
 
 def _in_prose(random: Random, words: Sequence[str], lines: Sequence[str]) -> str:
-    """The words with the lines between their sentences, at depths drawn from DEPTHS."""
+    """The words with the lines between their sentences, at depths drawn from DEPTHS; as published, what stands before
+    the first sentence, after the last, or at one place with another line has a space more."""
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(words))
     places = sorted(int(len(sentences) * depth / 100) for depth in random.sample(DEPTHS, len(lines)))
     parts, last = [], 0
     for place, line in zip(places, lines, strict=True):
-        parts += [*sentences[last:place], line]
+        parts += [" ".join(sentences[last:place]), line]
         last = place
-    return " ".join([*parts, *sentences[last:]])
+    return " ".join([*parts, " ".join(sentences[last:])])
 
 
 @cache

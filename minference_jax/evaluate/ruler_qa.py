@@ -122,7 +122,7 @@ def read_hotpotqa(file: str | os.PathLike[str]) -> QaSource:
 def _read(file: str | os.PathLike[str], kind: str, read: Callable[[Any], QaSource]) -> QaSource:
     try:
         source = read(json.loads(Path(file).read_text("utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of {kind}: {type(error).__name__} {error}") from None
     if not source.asked:
         raise ValueError(f"{file} has no question")

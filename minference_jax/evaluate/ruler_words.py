@@ -37,14 +37,17 @@ FWE_ANSWER = " Answer: According to the coded text above, the three most frequen
 
 
 def variable_tracking(random: Random, units: int) -> Question:
-    """vt: five variables assigned one from the other in `units` lines of noise, after a solved example."""
-    example = _chain(random, _EXAMPLE_NOISES, 3)
-    solved = " ".join(example.messages[0].split()) + example.answer_prefix + " " + " ".join(example.answers)
-    question = _chain(random, units, 5)
-    return question._replace(messages=(f"{solved}\n\n\n\n{question.messages[0]}",))
+    """vt: five variables assigned one from the other in `units` lines of noise, after a solved example.
+
+    As published, the example's template has its line ends made spaces, its text keeps them.
+    """
+    example = _chain(random, _EXAMPLE_NOISES, 3, " ".join(VT_TEMPLATE.split()))
+    solved = example.messages[0] + example.answer_prefix + " " + " ".join(example.answers)
+    question = _chain(random, units, 5, VT_TEMPLATE)
+    return question._replace(messages=(f" {solved}\n\n\n\n{question.messages[0]}",))
 
 
-def _chain(random: Random, noises: int, letters: int) -> Question:
+def _chain(random: Random, noises: int, letters: int, template: str) -> Question:
     names: list[str] = []
     while len(names) <= HOPS:
         name = "".join(random.choices(string.ascii_uppercase, k=letters))
@@ -56,7 +59,7 @@ def _chain(random: Random, noises: int, letters: int) -> Question:
         sentences.insert(place + count, lines[count])
     context = " ".join(sentences)
     answer = VT_ANSWER.format(count=len(names), query=value)
-    return Question((VT_TEMPLATE.format(context=context, query=value),), tuple(names), answer)
+    return Question((template.format(context=context, query=value),), tuple(names), answer)
 
 
 def common_word_list() -> tuple[str, ...]:

@@ -10,14 +10,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from minference_jax.evaluate.contenders import Contender, describe, resolve, with_dense
+from minference_jax.evaluate.contenders import Contender, contender_settings, describe, resolve, with_dense
 from minference_jax.evaluate.journal import Journal
 from minference_jax.evaluate.metrics import METRICS
 from minference_jax.evaluate.samples import Sample
 from minference_jax.generate import LanguageModel, PrefillResult
+from minference_jax.models.digest import weights_digest
 
 _LARGEST_REST = 1 / 8  # of a prompt that may be read after what it shares with others
-Told: TypeAlias = Callable[[Mapping[str, Any]], None]
+OnRecord: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 
 def evaluate_answers(
@@ -28,16 +29,18 @@ def evaluate_answers(
     output: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     share_contexts: bool = True,
-    told: Told | None = None,
+    on_record: OnRecord | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers of dense attention and of each contender to every sample, scored.
 
     A prompt is read by the contender's attention and answered with dense attention over its cache. Samples that follow
     one another and ask about one context share its prefill: what their prompts begin with alike is read once by the
-    contender's attention, and the rest of each prompt, where it is an eighth at most, with dense attention over that
-    cache. The choice of what to keep then knows nothing of the question, which is harder for sparse attention than the
-    paper's protocol, where the whole prompt with its question is read at once. For dense attention it makes no
-    difference.
+    contender's attention, and the rest of each, where it is an eighth at most, with dense attention over that cache.
+    The choice of what to keep then knows nothing of the question. That is harder for sparse attention than the paper's
+    protocol, where the whole prompt with its question is read at once; for dense attention it makes no difference.
+
+    What can be known of settings, patterns and the file is checked before the first prefill, each prompt before those
+    of its context.
 
     Args:
         model: that reads and answers.
@@ -47,16 +50,17 @@ def evaluate_answers(
             is not asked again. None = no file.
         settings: of the samples, plain JSON, such as the model's name and a seed; a file with others is refused.
         share_contexts: False = every prompt is read whole, as in the paper.
-        told: called with every record as soon as it is known, also with those found in the file.
+        on_record: called with every record as soon as it is known, also with those found in the file.
 
     Returns:
         Records: task, length, index, context, about, tokens (of the prompt), shared_tokens (of them read for several
         questions at once), attention, pattern, density (mean over heads of the share of dense attention's work; 1 for
-        dense), said, answers, score, prompt (a digest of its tokens).
+        dense), said, answers, score, metric, prompt (a digest of its tokens), environment (device, versions, commit and
+        date of when it was made).
 
     Raises:
-        ValueError: contenders that do not go together, patterns that do not fit the model, a prompt without room for
-            its answer, a file of another run.
+        ValueError: contenders that do not go together or are the same, patterns that do not fit the model, a prompt
+            without room for its answer, a file of another run.
         NotImplementedError, MemoryError: as `LanguageModel.prefill`.
         OSError: the file can't be read or written.
     """
@@ -69,17 +73,23 @@ def evaluate_answers(
         shared = shared_prefix([one.prompt for one in several]) if share_contexts and len(several) > 1 else 0
         for contender in ordered:
             for record in _ask(model, several, shared, contender, journal):
-                if told is not None:
-                    told(record)
+                if on_record is not None:
+                    on_record(record)
     return journal.records
 
 
 def run_settings(
     model: LanguageModel, ordered: Sequence[Contender], given: Mapping[str, Any] | None, **more: Any
 ) -> dict[str, Any]:
-    """What a file of results must have been made with to be gone on with, as plain JSON."""
+    """What a file of results must have been made with to be gone on with, as plain JSON.
+
+    Raises:
+        ValueError, NotImplementedError: as `contender_settings`.
+    """
+    contenders = contender_settings(ordered, model)
     own = {"config": hashlib.sha256(repr(model.config).encode()).hexdigest()[:16], "dtype": str(model.model.dtype)}
-    return {**(given or {}), **own, **more, "contenders": [one.settings(model) for one in ordered]}
+    own["weights"] = weights_digest(model.model)
+    return {**(given or {}), **own, **more, "contenders": contenders}
 
 
 def _ask(
@@ -94,7 +104,7 @@ def _ask(
         if found is not None:
             if found["prompt"] != digest:
                 raise ValueError(
-                    f"the file holds another prompt for {sample.task}, sample {sample.index}: give another"
+                    f"the file holds another prompt for {sample.task}, sample {sample.index}: give another file"
                 )
             yield found
             continue
@@ -123,8 +133,7 @@ def _ask(
             "metric": sample.metric,
             "prompt": digest,
         }
-        journal.append(record)
-        yield record
+        yield journal.append(record)
 
 
 def _read(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from minference_jax.evaluate.metrics import METRICS
 from minference_jax.generate import LanguageModel
 
 Encode: TypeAlias = Callable[["Question"], list[int]]
@@ -38,6 +39,29 @@ class Sample:
     metric: str
     max_new_tokens: int
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_names("metric", (self.metric,), tuple(METRICS))
+
+
+class Samples(Iterable[Sample]):
+    """Samples that are made when they are asked for; how many there are is known before.
+
+    Args:
+        parts: what `make` is called with, one after the other.
+        make: gives the samples of a part.
+        count: of all samples.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, ...]], make: Callable[..., Iterable[Sample]], count: int):
+        self._parts, self._make, self._count = parts, make, count
+
+    def __iter__(self) -> Iterator[Sample]:
+        for part in self._parts:
+            yield from self._make(*part)
+
+    def __len__(self) -> int:
+        return self._count
 
 
 class Question(NamedTuple):
@@ -98,10 +122,23 @@ def check_counts(**counts: int) -> None:
 
 
 def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses a name that is not known."""
-    for name in names:
+    """Refuses a name that is not known, or is there twice."""
+    for place, name in enumerate(names):
         if name not in known:
             raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+        if name in names[:place]:
+            raise ValueError(f"{kind} {name!r} is given twice")
+
+
+def check_lengths(model: LanguageModel, lengths: Sequence[int]) -> None:
+    """Refuses lengths that are no counts, are there twice, or are beyond what the model can read."""
+    check_counts(**{f"lengths[{i}]": length for i, length in enumerate(lengths)})
+    most = model.config.max_length
+    for place, length in enumerate(lengths):
+        if length > most:
+            raise ValueError(f"{length=} is beyond the model's context of {most} tokens")
+        if length in lengths[:place]:
+            raise ValueError(f"{length=} is given twice")
 
 
 def generator(*parts: object) -> random.Random:

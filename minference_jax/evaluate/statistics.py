@@ -14,7 +14,10 @@ _AT_ONCE = 1 << 22  # drawn numbers that are held at a time
 
 
 class Interval(NamedTuple):
-    """A value with the ends of its confidence interval, and the interval's name: "wilson" or "bootstrap"."""
+    """A value with the ends of its confidence interval, and the interval's name.
+
+    It is "wilson", "bootstrap" or "stratified bootstrap".
+    """
 
     value: float
     low: float
@@ -87,17 +90,50 @@ def paired_difference(
     return _bootstrap([a - b for a, b in zip(scores, others, strict=True)], contexts, confidence)
 
 
+def mean_of_means(groups: Sequence[tuple[Sequence[float], Sequence[Hashable]]], confidence: float = 0.95) -> Interval:
+    """The mean of the means of several groups, weighted alike, with the stratified bootstrap's interval.
+
+    Contexts are drawn in every group by itself.
+
+    Args:
+        groups: values, at least one, and what each is about; scores of tasks, or differences.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: no group, one without values, or a confidence outside (0, 1).
+
+    Source: as `mean_score`; Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.2.
+    """
+    quantile(confidence)
+    if not groups or not all(len(values) for values, _ in groups):
+        raise ValueError("a mean of means needs at least one group, and a value in each")
+    rng = np.random.default_rng(0)
+    means = np.mean([_drawn_means(*group, rng) for group in groups], axis=0)
+    value = float(np.mean([np.mean(values) for values, _ in groups]))
+    return Interval(value, *_ends(means, confidence), "stratified bootstrap")
+
+
 def _bootstrap(values: Sequence[float], contexts: Sequence[Hashable], confidence: float) -> Interval:
     """The percentile interval of a mean, over contexts drawn with replacement; the same draws for the same counts."""
+    means = _drawn_means(values, contexts, np.random.default_rng(0))
+    return Interval(float(np.mean(values)), *_ends(means, confidence), "bootstrap")
+
+
+def _drawn_means(values: Sequence[float], contexts: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
+    """float64 [RESAMPLES], the means of as many contexts drawn with replacement."""
     place = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
     sums, counts = np.zeros(len(place)), np.zeros(len(place))
     for value, context in zip(values, contexts, strict=True):
         sums[place[context]] += value
         counts[place[context]] += 1
-    rng, rows = np.random.default_rng(0), max(_AT_ONCE // len(place), 1)
+    rows = max(_AT_ONCE // len(place), 1)
     means = []
     for start in range(0, RESAMPLES, rows):
         drawn = rng.integers(len(place), size=(min(rows, RESAMPLES - start), len(place)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high), "bootstrap")
+    return np.concatenate(means)
+
+
+def _ends(means: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

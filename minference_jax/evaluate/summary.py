@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minference_jax.evaluate.perplexity import TASK as PERPLEXITY
-from minference_jax.evaluate.statistics import mean_score, paired_difference, quantile
+from minference_jax.evaluate.journal import ENVIRONMENT, PERPLEXITY
+from minference_jax.evaluate.statistics import Interval, mean_of_means, mean_score, paired_difference, quantile
 
 FIELDS = (
     *("task", "length", "positions", "attention", "pattern", "density", "samples", "metric"),
     *("value", "low", "high", "interval", "difference", "difference_low", "difference_high", "difference_interval"),
     *("lost", "gained", "confidence"),
+    *ENVIRONMENT,
 )
 """Of a row. value: mean score, or perplexity. difference: from dense attention on the same samples, of scores, or of
 negative log-likelihoods in nats a token; null for dense itself. lost, gained: samples with a lower and a higher score
-than dense attention's. samples: tokens, for perplexity. positions: [first, end), where it is that of a range."""
+than dense attention's. samples: tokens, for perplexity. positions: [first, end), where it is that of a range. Device,
+driver, versions, commit and date are those with which the row's samples were asked, several of them joined by "and"."""
 
 
 def summarize(records: Iterable[Mapping[str, Any]], confidence: float = 0.95) -> list[dict[str, Any]]:
-    """Rows of FIELDS for what an evaluation found; tasks of one length also together, as task "all", weighted alike.
+    """Rows of FIELDS for what an evaluation found; tasks of one length also together, as task "all".
 
     Scores have Wilson's interval where all of a task are 0 or 1, each about a context of its own, else the bootstrap's;
     differences the paired bootstrap's; perplexities and their differences a normal one from the standard error over
-    tokens, as if these were independent.
+    tokens, as if these were independent. Of "all" the value, the difference and the density are the mean of the tasks'
+    own, however many samples each has, with the stratified bootstrap's interval.
 
     Args:
         records: of `evaluate_answers` or `evaluate_perplexity`, or both.
@@ -43,11 +46,11 @@ def summarize(records: Iterable[Mapping[str, Any]], confidence: float = 0.95) ->
             texts.setdefault(record["length"], []).append(record)
         else:
             answers.setdefault((record["task"], record["length"]), []).append(record)
-    rows = [row for (task, _), group in answers.items() for row in _scores(task, group, confidence)]
+    rows = [row for (task, _), group in answers.items() for row in _scores(task, [group], confidence)]
     for length in dict.fromkeys(length for _, length in answers):
         tasks = [group for (_, other), group in answers.items() if other == length]
-        if len(tasks) > 1 and len({len(group) for group in tasks}) == 1:
-            rows += _scores("all", [record for group in tasks for record in group], confidence)
+        if len(tasks) > 1:
+            rows += _scores("all", tasks, confidence)
     for group in texts.values():
         rows += _perplexities(group, confidence)
     return rows
@@ -60,30 +63,62 @@ def _by_attention(group: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[
     return found
 
 
-def _row(task: str, group: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
-    """A row with what all kinds have: the pattern, or how many there are, and the mean density."""
+def _row(
+    task: str, groups: Sequence[Sequence[Mapping[str, Any]]], others: Sequence[Mapping[str, Any]], **fields: Any
+) -> dict[str, Any]:
+    """A row with what all kinds have: the pattern, or how many there are, the mean density, and the environment.
+
+    groups: records of the attention, by task. others: those that it is compared with.
+    """
+    group = [record for one in groups for record in one]
     patterns = list(dict.fromkeys(record["pattern"] for record in group))
     named = {
         "task": task,
         "length": group[0]["length"],
         "attention": group[0]["attention"],
         "pattern": patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
-        "density": float(np.mean([record["density"] for record in group])),
+        "density": float(np.mean([np.mean([record["density"] for record in one]) for one in groups])),
     }
+    for name in ENVIRONMENT:
+        found = dict.fromkeys(record["environment"][name] for record in (*group, *others))
+        named[name] = " and ".join(map(str, found)) if len(found) > 1 else next(iter(found))
     return {name: {**named, **fields}.get(name) for name in FIELDS}
 
 
-def _scores(task: str, group: Sequence[Mapping[str, Any]], confidence: float) -> list[dict[str, Any]]:
-    rows, dense = [], {_sample(record): record["score"] for record in group if record["attention"] == "dense"}
-    whole = {record["score"] for record in group} <= {0, 1}  # one kind of interval for all that stand together
-    for name, found in _by_attention(group).items():
-        paired = [record for record in found if _sample(record) in dense]
-        contexts = [(record["task"], record["context"]) for record in paired]
-        scores, others = [record["score"] for record in paired], [dense[_sample(record)] for record in paired]
-        value = mean_score(scores, contexts, confidence, all_or_nothing=whole)
-        fields = {
-            "samples": len(scores),
-            "metric": found[0]["metric"] if len({record["metric"] for record in found}) == 1 else "each task's own",
+class _Paired(NamedTuple):
+    """Records of an attention and a task, and dense attention's of the same samples."""
+
+    own: list[Mapping[str, Any]]
+    dense: list[Mapping[str, Any]]
+
+    @property
+    def contexts(self) -> list[int]:
+        return [record["context"] for record in self.own]
+
+    @property
+    def scores(self) -> list[float]:
+        return [record["score"] for record in self.own]
+
+    @property
+    def differences(self) -> list[float]:
+        return [one["score"] - other["score"] for one, other in zip(self.own, self.dense, strict=True)]
+
+
+def _scores(task: str, groups: Sequence[Sequence[Mapping[str, Any]]], confidence: float) -> list[dict[str, Any]]:
+    """Rows of every attention that was asked in all groups, each the records of a task."""
+    whole = {record["score"] for group in groups for record in group} <= {0, 1}  # one kind of interval for all
+    dense = {_sample(record): record for group in groups for record in group if record["attention"] == "dense"}
+    rows = []
+    for name in dict.fromkeys(record["attention"] for group in groups for record in group):
+        own = [[one for one in group if one["attention"] == name and _sample(one) in dense] for group in groups]
+        if not all(own):  # not asked yet
+            continue
+        pairs = [_Paired(found, [dense[_sample(record)] for record in found]) for found in own]
+        metrics = {record["metric"] for found in own for record in found}
+        value = _mean_score(pairs, confidence, whole)
+        fields: dict[str, Any] = {
+            "samples": sum(map(len, own)),
+            "metric": metrics.pop() if len(metrics) == 1 else "each task's own",
             "value": value.value,
             "low": value.low,
             "high": value.high,
@@ -91,13 +126,26 @@ def _scores(task: str, group: Sequence[Mapping[str, Any]], confidence: float) ->
             "confidence": confidence,
         }
         if name != "dense":
-            difference = paired_difference(scores, others, contexts, confidence)
+            difference = _difference(pairs, confidence)
             fields |= {"difference": difference.value, "difference_low": difference.low}
             fields |= {"difference_high": difference.high, "difference_interval": f"paired {difference.kind}"}
-            fields["lost"] = sum(a < b for a, b in zip(scores, others, strict=True))
-            fields["gained"] = sum(a > b for a, b in zip(scores, others, strict=True))
-        rows.append(_row(task, found, **fields))
+            fields["lost"] = sum(x < 0 for one in pairs for x in one.differences)
+            fields["gained"] = sum(x > 0 for one in pairs for x in one.differences)
+        rows.append(_row(task, own, [record for one in pairs for record in one.dense], **fields))
     return rows
+
+
+def _mean_score(pairs: Sequence[_Paired], confidence: float, whole: bool) -> Interval:
+    if len(pairs) > 1:
+        return mean_of_means([(one.scores, one.contexts) for one in pairs], confidence)
+    return mean_score(pairs[0].scores, pairs[0].contexts, confidence, all_or_nothing=whole)
+
+
+def _difference(pairs: Sequence[_Paired], confidence: float) -> Interval:
+    if len(pairs) > 1:
+        return mean_of_means([(one.differences, one.contexts) for one in pairs], confidence)
+    others = [record["score"] for record in pairs[0].dense]
+    return paired_difference(pairs[0].scores, others, pairs[0].contexts, confidence)
 
 
 def _sample(record: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -129,7 +177,7 @@ def _perplexities(group: Sequence[Mapping[str, Any]], confidence: float) -> list
                 mean, reach = _mean(of["above"], of["above_squares"], count, confidence)
                 fields |= {"difference": mean, "difference_low": mean - reach, "difference_high": mean + reach}
                 fields["difference_interval"] = "paired standard error"
-            rows.append(_row(PERPLEXITY, found, **fields))
+            rows.append(_row(PERPLEXITY, [found], group if name != "dense" else (), **fields))
     return rows
 
 

@@ -1,26 +1,29 @@
 """The journal of a search: what it was asked, then a line for each finished layer. It is what makes it resumable.
 
-JSON lines. The first is {"format": "minference-jax/search", "version": 1, "settings": {...}}; each other one a layer:
-{"layer": 0, "output_norms": [...], "candidates": [{"candidate": {"kind": ..., sizes}, "budget": 0.3, "patterns": [...],
-"cost": [...], "density": [...], "error": [...]}, ...]} with null for a head at which a candidate can't keep within the
-budget. A last line without its line feed was being written when the search was ended: that layer is searched again.
+A layer's line: {"layer": 0, "output_norms": [...], "candidates": [{"candidate": {"kind": ..., sizes}, "budget": 0.3,
+"patterns": [...], "cost": [...], "density": [...], "error": [...]}, ...]}, with null for a head at which a candidate
+can't keep within the budget.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
+from minference_jax import journal
+from minference_jax.journal import LIST, NUMBER, OBJECT, WHOLE, Check, check_fields, list_of, or_null
 from minference_jax.patterns import HeadPattern
-from minference_jax.patterns.heads import KINDS, at
+from minference_jax.patterns.heads import KINDS
 from minference_jax.search.results import CandidateResult, LayerResult
 
-FORMAT_NAME, FORMAT_VERSION = "minference-jax/search", 1
+FORMAT = journal.Format("minference-jax/search", 1, "a search")
 _TYPES = {kind.name.lower(): type_ for type_, kind in KINDS.items()}
+_COLUMNS = ("cost", "density", "error")
 
 
 class Journal:
@@ -28,7 +31,7 @@ class Journal:
 
     Args:
         path: of the file; None = nothing is kept, and every search begins anew.
-        settings: JSON object of all that the result depends on.
+        settings: JSON object of all that the result depends on, with num_layers, num_heads, candidates and budgets.
 
     Attributes:
         layers: the layers that are finished already.
@@ -39,49 +42,19 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]):
-        self._path = None if path is None else Path(path)
         self.layers: list[LayerResult] = []
-        if self._path is None:
-            return
-        if not self._path.exists() or self._path.stat().st_size == 0:  # empty: killed before the header was written
-            header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "settings": settings}
-            self._path.write_text(json.dumps(header, allow_nan=False) + "\n", encoding="utf-8")
-            return
-        with at(str(self._path)):
-            whole = self._read(json.loads(json.dumps(settings)))
-        with self._path.open("r+b") as file:
-            file.truncate(whole)
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._file = journal.Journal(path, FORMAT, settings, self._read)
 
     def add(self, layer: LayerResult) -> None:
         """Keeps a finished layer; it is on the disk when this returns."""
+        self._file.append(_layer_fields(layer))
         self.layers.append(layer)
-        if self._path is None:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_layer_fields(layer), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
-    def _read(self, settings: dict[str, Any]) -> int:
-        """Reads the finished layers; gives how many bytes whole lines take."""
-        raw = self._path.read_bytes()  # type: ignore[union-attr]
-        head, *lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        header = _object(head)
-        if header.get("format") != FORMAT_NAME:
-            raise ValueError(f'without "format": "{FORMAT_NAME}" in its first line it is not the journal of a search')
-        if header.get("version") != FORMAT_VERSION:
-            raise ValueError(f"version {short_repr(header.get('version'))} is not {FORMAT_VERSION}, which this reads")
-        found = header.get("settings")
-        if found != settings:
-            names = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
-            raise ValueError(
-                f"it is the journal of a search with other settings ({', '.join(names) or 'more of them'}): remove it, "
-                f"or name another output"
-            )
-        for index, line in enumerate(lines):
-            with at(f"line {index + 2}"):
-                self.layers.append(_layer(_object(line), index))
-        return raw.rfind(b"\n") + 1
+    def _read(self, fields: dict[str, Any]) -> None:
+        if len(self.layers) == self._settings["num_layers"]:
+            raise ValueError(f"the model has {len(self.layers)} layers, and this is one more")
+        self.layers.append(_layer(fields, len(self.layers), self._settings))
 
 
 def pattern_fields(pattern: HeadPattern | None) -> dict[str, Any] | None:
@@ -98,29 +71,36 @@ def _layer_fields(layer: LayerResult) -> dict[str, Any]:
     return layer._asdict() | {"candidates": candidates}
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{short_repr(value)} must be an object")
-    return value
+def _layer(fields: dict[str, Any], index: int, settings: Mapping[str, Any]) -> LayerResult:
+    """A layer of a line; raises ValueError where it is not the next one of a search with these settings."""
+    heads = settings["num_heads"]
+    check_fields(fields, {"layer": WHOLE, "output_norms": list_of(NUMBER, heads), "candidates": LIST})
+    if fields["layer"] != index:
+        raise ValueError(f"layer={fields['layer']} must be {index}: layers follow one another")
+    asked = list(itertools.product(settings["candidates"], settings["budgets"]))
+    if len(fields["candidates"]) != len(asked):
+        raise ValueError(f"it has {len(fields['candidates'])} results, the settings ask for {len(asked)}")
+    found = [_result(one, *what, heads) for one, what in zip(fields["candidates"], asked, strict=True)]
+    return LayerResult(index, tuple(found), tuple(fields["output_norms"]))
 
 
-def _layer(fields: dict[str, Any], index: int) -> LayerResult:
-    if fields.get("layer") != index:
-        raise ValueError(f"layer={short_repr(fields.get('layer'))} must be {index}: layers follow one another")
-    try:
-        candidates = [
-            CandidateResult(
-                candidate=_TYPES[one["candidate"].pop("kind")](**one["candidate"]),
-                budget=one["budget"],
-                patterns=tuple(None if x is None else _TYPES[x.pop("kind")](**x) for x in one["patterns"]),
-                **{name: tuple(one[name]) for name in ("cost", "density", "error")},
-            )
-            for one in fields["candidates"]
-        ]
-        return LayerResult(index, tuple(candidates), tuple(fields["output_norms"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is not what a search writes: {error!r}") from None
+def _result(fields: object, candidate: dict[str, Any], budget: float, heads: int) -> CandidateResult:
+    checks = {"candidate": OBJECT, "budget": NUMBER, "patterns": list_of(or_null(OBJECT), heads)}
+    check_fields(fields, checks | dict.fromkeys(_COLUMNS, list_of(or_null(NUMBER), heads)))
+    known: Any = fields
+    for name, wanted in (("candidate", candidate), ("budget", budget)):
+        if known[name] != wanted:
+            raise ValueError(f"{name}={short_repr(known[name])} stands where the settings have {short_repr(wanted)}")
+    patterns = tuple(None if one is None else _pattern(one, candidate["kind"]) for one in known["patterns"])
+    for name in _COLUMNS:
+        if [one is None for one in known[name]] != [one is None for one in patterns]:
+            raise ValueError(f"{name} must be null where there is no pattern, and nowhere else")
+    columns = {name: tuple(known[name]) for name in _COLUMNS}
+    return CandidateResult(_pattern(candidate, candidate["kind"]), budget, patterns, **columns)
+
+
+def _pattern(fields: Mapping[str, Any], kind: str) -> HeadPattern:
+    """A head pattern of that kind; its sizes are checked by its type."""
+    names = [field.name for field in dataclasses.fields(_TYPES[kind])]
+    check_fields(fields, {"kind": Check(lambda value: value == kind, repr(kind))} | dict.fromkeys(names, WHOLE))
+    return _TYPES[kind](**{name: fields[name] for name in names})

@@ -24,6 +24,7 @@ from minference_jax.analysis.timing import dense_milliseconds, head_milliseconds
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.prompts import Tokens
 from minference_jax.index import SlashGranularity
+from minference_jax.models.digest import weights_digest
 from minference_jax.patterns import HeadPattern, PatternArrays
 from minference_jax.search.budget import Equalised, equalise
 from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates, head_patterns
@@ -208,6 +209,7 @@ def _described(model: LanguageModel, prompts: Sequence[Tokens], search: _Search,
     tokens = hashlib.sha256(b"".join(np.asarray(x, np.int64).tobytes() + b";" for x in prompts)).hexdigest()
     return {
         "model": name,
+        "weights": weights_digest(model.model),
         "num_layers": model.config.num_layers,
         "num_heads": model.config.num_heads,
         "dtype": str(model.model.dtype),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minference_jax.evaluate.metrics import METRICS
-from minference_jax.evaluate.statistics import mean_score, paired_difference, quantile
+from minference_jax.evaluate.statistics import mean_of_means, mean_score, paired_difference, quantile
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,13 @@ from minference_jax.evaluate.statistics import mean_score, paired_difference, qu
         ("first_integer", "none", ["123"], 0),
         ("is_word", 'It is "ab-12".', ["ab-12"], 1),
         ("is_word", "It is xab-12", ["ab-12"], 0),
+        ("is_word", "Theab-12</s>To", ["ab-12"], 1),
         ("first_number", "about 3.5 or 4", [3.5], 1),
         ("first_number", "7 is it", [7], 1),
+        ("first_number", "7.9 is it", [7], 1),
+        ("first_number", "7.9 is it", [7.5], 0),
+        ("first_number", "7 is it", [7.0], 1),
+        ("first_number", "9" * 400, [7], 0),
         ("first_number", "no", [7], 0),
         ("leading_integers", "[1, 4, 9, 3]", [1, 4, 8, 3], 0.5),
         ("leading_integers", "[1, 4", [1, 4, 8, 3], 0.5),
@@ -42,6 +47,8 @@ from minference_jax.evaluate.statistics import mean_score, paired_difference, qu
         ("f1_words", "The red, big dog!", ["a big dog", "cat"], 0.8),
         ("f1_words", "", ["a big dog"], 0),
         ("f1_signs", "安娜。", ["安"], 2 / 3),
+        ("f1_signs", "\u300a安\u300b", ["安"], 2 / 3),  # the published list has the closing bracket alone
+        ("choice", "perhaps AB", ["Bob", "B"], 0),
     ],
 )
 def test_answer_is_scored(metric, said, answers, score):
@@ -52,6 +59,7 @@ def test_summary_is_scored_by_rouge_where_it_is_installed():
     pytest.importorskip("rouge_score")
     assert METRICS["rouge_l_sum"]("A big dog ran.", ["A big dog ran."]) == 1
     assert 0 < METRICS["rouge_l_sum"]("A dog.", ["A big dog ran."]) < 1
+    assert METRICS["rouge_l_sum"]("A big dog ran.", ["No.", "A big dog ran."]) == 1
 
 
 def test_summary_asks_for_the_package_that_scores_it(monkeypatch):
@@ -104,7 +112,19 @@ def test_confidence_that_is_none_is_refused(confidence):
         paired_difference([1.0], [1.0], [0], confidence)
 
 
+def test_mean_of_means_draws_in_every_group_by_itself():
+    found = mean_of_means([([1] * 30, range(30)), ([0] * 5, range(5))])
+    assert found == (0.5, 0.5, 0.5, "stratified bootstrap")
+    scores = [0, 1] * 50
+    one, four = mean_of_means([(scores, range(100))]), mean_of_means([(scores, range(100))] * 4)
+    assert one[:3] == paired_difference(scores, [0] * 100, range(100))[:3]
+    assert four.high - four.low == pytest.approx((one.high - one.low) / 2, rel=0.05)
+
+
 def test_nothing_to_average_is_refused():
+    for groups in ([], [([1.0], [0]), ([], [])]):
+        with pytest.raises(ValueError, match="at least one group, and a value in each"):
+            mean_of_means(groups)
     with pytest.raises(ValueError, match="at least one score"):
         mean_score([], [])
     with pytest.raises(ValueError, match="pair by pair"):

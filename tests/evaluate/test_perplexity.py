@@ -87,8 +87,7 @@ def test_perplexity_has_its_standard_error(model, prose, records):
 def test_interrupted_run_reads_dense_again_where_others_are_missing(model, prose, records, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     arguments = (model, prose, [500, 510], [NARROW])
-    told = evaluate_perplexity(*arguments, excerpts=2, steps=4, output=path)
-    assert told == records
+    assert evaluate_perplexity(*arguments, excerpts=2, steps=4, output=path) == records
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))  # the last is the narrow one's
     reads, score = [], model.score
@@ -96,8 +95,12 @@ def test_interrupted_run_reads_dense_again_where_others_are_missing(model, prose
     assert evaluate_perplexity(*arguments, excerpts=2, steps=4, output=path) == records
     assert reads == ["dense", "a_shape"]
     assert path.read_text().splitlines(keepends=True) == lines
-    with pytest.raises(ValueError, match="was made with steps=4, this run has 2"):
+    with pytest.raises(ValueError, match=r"an evaluation with other settings \(steps: 4 there, 2 here\)"):
         evaluate_perplexity(*arguments, excerpts=2, steps=2, output=path)
+    path.write_text(path.read_text().replace('"counts": [', '"counts": [1, '))
+    with pytest.raises(ValueError, match=r"line 3: counts=\[1, .* must be a list of 4 entries, each an integer"):
+        evaluate_perplexity(*arguments, excerpts=2, steps=4, output=path)
+    path.write_text("".join(lines))
     with pytest.raises(ValueError, match="another text for excerpt 0 of 500 tokens"):
         evaluate_perplexity(model, prose[1:], [500], [NARROW], steps=4, output=path)
 
@@ -108,7 +111,7 @@ def test_interrupted_run_reads_dense_again_where_others_are_missing(model, prose
         ([4], {}, "an excerpt of 4 tokens has no room for steps=8"),
         ([500], {"excerpts": 20}, r"the text has \d+ tokens, 20 excerpts of 500 need 10000"),
         ([500], {"steps": 0}, "steps=0 must be an integer of at least 1"),
-        ([4000], {}, "has 4000 tokens, the model can read 2048"),
+        ([500, 4000], {}, "length=4000 is beyond the model's context of 2048 tokens"),
     ],
 )
 def test_text_that_cannot_be_scored_is_refused(model, prose, lengths, more, sentence):

@@ -1,20 +1,29 @@
 """Questions asked with several attentions: dense beside each, contexts shared, runs that go on."""
 
+import dataclasses
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from minference_jax import AShape, Dense, ModelPatterns, VerticalSlash
-from minference_jax.evaluate import Contender, equal_cost_a_shape, evaluate_answers, summarize, table
+from minference_jax.evaluate import Contender, equal_cost_a_shape, evaluate_answers, journal, summarize, table
 from minference_jax.evaluate import run as run_module
 from minference_jax.evaluate.contenders import with_dense
-from minference_jax.evaluate.journal import Journal
+from minference_jax.evaluate.journal import ENVIRONMENT, Journal
 from minference_jax.evaluate.run import shared_prefix
 from minference_jax.evaluate.samples import Sample
+from minference_jax.kernels.tiles import TileConfig
+from minference_jax.models.digest import weights_digest
+from minference_jax.tile_table import TileEntry, TileTable
 
 SPARSE = Contender(name="sparse", attention="vertical_slash", pattern=VerticalSlash(vertical_size=30, slash_size=50))
 EQUAL = Contender(name="a_shape", attention="a_shape", equal_cost_to="sparse", sink_size=16)
+WIDE = TileConfig(block_q=128, block_kv=64)
 RNG = np.random.default_rng(5)
 CONTEXT = RNG.integers(0, 256, 600).tolist()
 
@@ -132,10 +141,10 @@ def test_interrupted_run_goes_on_at_the_last_finished_sample(model, samples, rec
         evaluate_answers(model, samples, [SPARSE, EQUAL], output=path, settings={"seed": 1})
     whole = path.read_text()
     path.write_text(whole + '{"task": "ask", "leng')  # as if the machine had stopped while it wrote
-    told = []
-    again = evaluate_answers(model, samples, [SPARSE, EQUAL], output=path, settings={"seed": 1}, told=told.append)
+    seen = []
+    again = evaluate_answers(model, samples, [SPARSE, EQUAL], output=path, settings={"seed": 1}, on_record=seen.append)
     assert asked == ["dense", "sparse", "a_shape", "dense", "dense", "sparse", "a_shape"]
-    assert by_name(again) == by_name(records) == by_name(told)
+    assert by_name(again) == by_name(records) == by_name(seen)
     assert path.read_text().startswith(whole)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["settings"]["seed"] == 1
@@ -145,27 +154,117 @@ def test_interrupted_run_goes_on_at_the_last_finished_sample(model, samples, rec
     assert len(asked) == 7
 
 
-def test_file_of_another_run_is_refused(model, samples, tmp_path):
+def refusal(model, path, samples, contenders=(), seed=1):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: ") as error:
+        evaluate_answers(model, samples, contenders, output=path, settings={"seed": seed})
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+def test_file_of_another_run_is_refused_by_what_differs(model, samples, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
-    evaluate_answers(model, samples[:1], [], output=path, settings={"seed": 1})
-    with pytest.raises(ValueError, match=r"was made with seed=1, this run has 2: give another file"):
-        evaluate_answers(model, samples[:1], [], output=path, settings={"seed": 2})
-    with pytest.raises(ValueError, match="was made with contenders="):
-        evaluate_answers(model, samples[:1], [SPARSE], output=path, settings={"seed": 1})
-    with pytest.raises(ValueError, match="another prompt for ask, sample 0"):
-        evaluate_answers(model, make_samples()[:1], [], output=path, settings={"seed": 1})
-    for content in ("no json\n", "[]\n", '{"a": 1}\n', '{"settings": 3}\n', "torn"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=r"run\.jsonl is no file of an evaluation"):
-            evaluate_answers(model, samples[:1], [], output=path)
-        assert path.read_text() == content
+    evaluate_answers(model, samples[:1], [SPARSE], output=path, settings={"seed": 1})
+    said = "it is the journal of an evaluation with other settings ({}): remove it, or name another file"
+    assert refusal(model, path, samples[:1], [SPARSE], seed=2) == said.format("seed: 1 there, 2 here")
+    assert refusal(model, path, samples[:1]) == said.format("contenders.sparse: something there, nothing here")
+    other = dataclasses.replace(SPARSE, pattern=VerticalSlash(vertical_size=31, slash_size=50))
+    assert "(contenders.sparse.pattern: " in refusal(model, path, samples[:1], [other])
+    tiles = TileTable((TileEntry(device="cpu", implementation="xla", head_dim=8, dtype="float32", tiles=WIDE),))
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "tiles", tiles)
+        found = refusal(model, path, samples[:1], [SPARSE])
+        assert found == said.format("contenders.sparse.tiles.block_q: 64 there, 128 here")
+    with pytest.raises(ValueError, match="another prompt for ask, sample 0: give another file"):
+        evaluate_answers(model, make_samples()[:1], [SPARSE], output=path, settings={"seed": 1})
+    state = model._state
+    monkeypatch.setattr(model, "_state", jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(0.5), state))
+    assert re.fullmatch(
+        re.escape(said.format("weights: W there, W here")).replace("W", "'[0-9a-f]{16}'"),
+        refusal(model, path, samples[:1], [SPARSE]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "sentence"),
+    [
+        (0, "no json", 'without "format": "minference-jax/evaluation" in its first line it is not the journal of an'),
+        (0, '{"settings": 3}', 'without "format"'),
+        (0, {"version": 2}, "version 2 needs a newer minference-jax: this one reads 1"),
+        (0, {"version": "1"}, "version '1' must be 1"),
+        (0, {"more": 1}, "unknown field 'more'"),
+        (1, {"environment": {"device": "x"}}, "line 2: missing field 'commit', 'date', 'driver', 'jax', 'jaxlib'"),
+        (2, "{", "line 3: not JSON: "),
+        (2, "[1]", "line 3: [1] must be an object"),
+        (2, '{"task": NaN}', "line 3: not JSON: NaN is no number"),
+        (2, "[" * 100_000, "line 3: the JSON is nested too deeply"),
+        (2, {"task": None}, "line 3: task=None must be a text"),
+        (2, {"extra": 1}, "line 3: unknown field 'extra'"),
+        (2, {"score": 2}, "line 3: score=2 must be a number from 0 to 1"),
+        (2, {"index": True}, "line 3: index=True must be an integer of at least 0"),
+        (2, {"attention": "x"}, "line 3: attention='x' must be one of dense, sparse"),
+        (3, {"attention": "dense"}, "line 4: ask, sample 0, of dense is there twice"),
+    ],
+)
+def test_damaged_file_is_refused_in_a_sentence_and_left_alone(model, samples, whole, tmp_path, line, change, sentence):
+    path, lines = tmp_path / "run.jsonl", whole.splitlines()
+    lines[line] = change if isinstance(change, str) else json.dumps(json.loads(lines[line]) | change)
+    path.write_text("\n".join(lines) + "\ntorn")
+    assert refusal(model, path, samples[:1], [SPARSE]).startswith(sentence)
+    assert path.read_text() == "\n".join(lines) + "\ntorn"
+
+
+@pytest.fixture(scope="module")
+def whole(model, samples, tmp_path_factory):
+    """The file of a finished run."""
+    path = tmp_path_factory.mktemp("whole") / "run.jsonl"
+    evaluate_answers(model, samples[:1], [SPARSE], output=path, settings={"seed": 1})
+    return path.read_text()
+
+
+@pytest.mark.parametrize("content", ["", '{"format": "minference-ja', '{"format": "minference-jax/evaluation", "ver'])
+def test_file_that_was_killed_before_its_first_line_is_begun_anew(model, samples, whole, tmp_path, content):
+    (tmp_path / "run.jsonl").write_text(content)
+    evaluate_answers(model, samples[:1], [SPARSE], output=tmp_path / "run.jsonl", settings={"seed": 1})
+    assert (tmp_path / "run.jsonl").read_text() == whole
 
 
 def test_any_answer_can_be_read_again(tmp_path):
     path, said = tmp_path / "run.jsonl", "\u2028 \x85 \x1e \n \ud55c \u00e9"  # some of them end lines for Python
-    made = {"task": "a", "length": 1, "index": 0, "attention": "dense", "said": said}
-    Journal(path, {}).append(made)
-    assert Journal(path, {}).records == [made]
+    made = {"task": "a", "length": 1, "index": 0, "attention": "dense", "said": said, "pattern": None, "density": 1.0}
+    made |= {"prompt": "x", "context": 0, "about": {}, "tokens": 1, "shared_tokens": 0, "answers": [], "score": 0.0}
+    made |= {"metric": "is_word"}
+    settings = {"contenders": {"dense": {}}}
+    first = Journal(path, settings).append(made)
+    assert Journal(path, settings).records == [first]
+    assert first.items() > made.items()
+
+
+def test_records_tell_where_they_were_made_whoever_sums_up(model, samples, tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    places = [{"device": name, "driver": None, "jax": "1", "jaxlib": "1", "commit": None, "date": "d"} for name in "ab"]
+    for place, count in zip(places, (1, 2), strict=True):
+        monkeypatch.setattr(journal, "environment", lambda place=place: place)
+        found = evaluate_answers(model, samples[:count], [], output=path)
+    assert [record["environment"] for record in found] == places
+    monkeypatch.undo()
+    lines = path.read_text()
+    again = evaluate_answers(model, samples[:2], [], output=path)
+    assert again == found
+    assert path.read_text() == lines  # nothing was made here
+    (row,) = summarize(again)
+    assert (row["device"], row["jax"], row["commit"]) == ("a and b", "1", None)
+
+
+def test_weights_have_one_digest_each_however_they_are_held(model):
+    whole = weights_digest(model.model)
+    assert weights_digest(model.model) == whole
+    flat = weights_digest(nnx.merge(model._graph, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), model._state)))
+    assert flat == whole
+    for change in (
+        lambda x: x.astype(jnp.bfloat16),
+        lambda x: jnp.flip(x, -1),
+        lambda x: x.at[(-1,) * x.ndim].multiply(1 + 1e-6),
+    ):
+        assert weights_digest(nnx.merge(model._graph, jax.tree.map(change, model._state))) != whole
 
 
 def test_prompt_without_room_for_its_answer_is_refused_before_it_is_read(model, samples):
@@ -191,7 +290,7 @@ def test_contender_that_makes_no_sense_is_refused(options, sentence):
 
 
 def test_contenders_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="names of their own, got dense, sparse, sparse"):
+    with pytest.raises(ValueError, match=r"names of their own, got dense, sparse, sparse"):
         with_dense([SPARSE, SPARSE])
     for order in ([EQUAL, SPARSE], [EQUAL]):
         with pytest.raises(ValueError, match="a_shape is to cost as much as sparse, a sparse one that must come first"):
@@ -206,15 +305,35 @@ def test_settings_tell_patterns_apart(model):
 
     one, other = (settings(AShape(sink_size=1, window_size=size)) for size in (2, 3))
     assert one["pattern"] == other["pattern"] == "p.json"
-    assert one["digest"] != other["digest"]
+    assert one["pattern_sha256"] != other["pattern_sha256"]
     assert json.loads(json.dumps(one)) == one
+
+
+def test_what_cannot_run_is_refused_before_the_first_prefill(model, samples, monkeypatch):
+    monkeypatch.setattr(model, "prefill", None)
+    heads = ((Dense(),) * 4,) * 3
+    three = Contender(name="three", pattern=ModelPatterns(layers=heads, source="p.json"))
+    one = Contender(name="one", attention="a_shape", pattern=VerticalSlash(vertical_size=30, slash_size=50))
+    same = dataclasses.replace(SPARSE, name="same")
+    for contenders, sentence in (
+        ([three], "three: p.json: patterns for 3 layers of 4 heads do not fit"),
+        ([one], r"one: attention='a_shape' needs pattern=AShape"),
+        ([dataclasses.replace(SPARSE, implementation="abacus")], "is not one of"),
+        ([SPARSE, same], "sparse and same are the same attention: leave one of them out"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            evaluate_answers(model, samples, contenders)
+    with pytest.raises(NotImplementedError):
+        evaluate_answers(model, samples, [dataclasses.replace(SPARSE, implementation="triton")])
+
+
+HERE = dict.fromkeys(ENVIRONMENT, "x")
 
 
 def record(task, index, attention, score, density=0.5, **more):
     made = {"task": task, "length": 700, "index": index, "context": index, "attention": attention, "score": score}
-    return (
-        made | {"density": 1.0 if attention == "dense" else density, "pattern": None, "metric": "m", "about": {}} | more
-    )
+    made |= {"density": 1.0 if attention == "dense" else density, "pattern": None, "metric": "m", "about": {}}
+    return made | {"environment": HERE} | more
 
 
 def test_summary_compares_with_dense_on_the_same_samples():
@@ -223,7 +342,7 @@ def test_summary_compares_with_dense_on_the_same_samples():
     found += [record("b", i, name, score / 2) for name, row in scores.items() for i, score in enumerate(row)]
     found.append(record("a", 9, "sparse", 1))  # not asked dense yet
     rows = {(row["task"], row["attention"]): row for row in summarize(found)}
-    assert set(rows) == {(task, name) for task in ("a", "b") for name in ("dense", "sparse")}
+    assert set(rows) == {(task, name) for task in ("a", "b", "all") for name in ("dense", "sparse")}
     sparse = rows["a", "sparse"]
     assert (sparse["value"], sparse["samples"], sparse["lost"], sparse["gained"]) == (0.5, 4, 2, 1)
     assert sparse["difference"] == -0.25
@@ -232,8 +351,26 @@ def test_summary_compares_with_dense_on_the_same_samples():
     assert rows["a", "dense"]["difference"] is None
     halved = [one | {"score": 0} if one["attention"] == "sparse" else one for one in found if one["task"] == "b"]
     assert {row["interval"] for row in summarize(halved)} == {"bootstrap"}  # one kind for a task, whoever scores 0
-    together = {row["attention"]: row for row in summarize(found[:-1]) if row["task"] == "all"}
-    assert together["dense"]["value"] == pytest.approx((0.75 + 0.375) / 2)
+    assert rows["all", "dense"]["value"] == pytest.approx((0.75 + 0.375) / 2)
     text = table(summarize(found))
     assert text.splitlines()[0].split()[:3] == ["task", "tokens", "attention"]
     assert "2 / 1" in text
+
+
+def test_tasks_together_count_alike_however_many_samples_they_have():
+    found = [record("a", i, name, 1) for name in ("dense", "sparse") for i in range(2)]
+    found += [record("b", i, "dense", i % 2) for i in range(20)]
+    found += [record("b", i, "sparse", 0, density=0.1) for i in range(20)]
+    rows = {row["attention"]: row for row in summarize(found) if row["task"] == "all"}
+    assert (rows["dense"]["value"], rows["dense"]["samples"]) == (0.75, 22)
+    assert rows["sparse"]["difference"] == -0.25
+    assert rows["sparse"]["density"] == pytest.approx(0.3)
+    assert (rows["sparse"]["lost"], rows["sparse"]["gained"]) == (10, 0)
+    assert rows["dense"]["interval"] == "stratified bootstrap"
+    assert rows["sparse"]["difference_interval"] == "paired stratified bootstrap"
+    error = 0.5 * np.sqrt(0.25 / 20)  # that of task b, halved: no sample of task a differs
+    assert rows["dense"]["low"] == pytest.approx(0.75 - 1.96 * error, abs=0.03)
+    assert rows["sparse"]["difference_high"] == pytest.approx(-0.25 + 1.96 * error, abs=0.03)
+    assert not [
+        row for row in summarize(found[:4] + found[4:24]) if (row["task"], row["attention"]) == ("all", "sparse")
+    ]
