@@ -13,8 +13,9 @@ def add_search(commands: Any) -> None:
     parser = commands.add_parser(
         "search",
         help="find the pattern of every head of a model",
-        description="Find the pattern of every head: of candidates of equal cost the one whose attention output is "
-        "nearest to dense on calibration prompts. Interrupted, the same command goes on at the last finished layer.",
+        description="Find the pattern of every head: candidates with which the attention output is nearest to dense "
+        "on calibration prompts, at a mean cost within the budget. Interrupted, "
+        "the same command goes on at the last finished layer.",
     )
     parser.set_defaults(module="search_command", pattern=None, attention="minference", max_new_tokens=0)
     parser.add_argument("output", metavar="OUTPUT", help="the new pattern file; OUTPUT.journal keeps what was compared")

@@ -1,4 +1,4 @@
-"""Offline search: the pattern of every head of a model, among candidates of equal cost the one nearest to dense.
+"""Offline search: the pattern of every head of a model, nearest to dense at a mean cost within the budget.
 
 search: the search itself, over compare (candidates in one layer), candidates (kinds and proportions), budget (sizes of
 equal cost), results (what was compared, and the choice), journal (what makes it resumable) and calibration (prompts,

@@ -156,11 +156,11 @@ def _better(best: Equalised, found: Equalised) -> Equalised:
     old, new = (np.where(one.is_within, one.cost, -one.cost) for one in (best, found))
     takes = new > old
 
-    def merged(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        return np.where(takes, theirs, ours)
-
-    sizes = PatternArrays(*map(merged, best.sizes, found.sizes))
-    return Equalised(sizes, merged(best.cost, found.cost), merged(best.is_within, found.is_within))
+    sizes = PatternArrays(
+        *(np.where(takes, ours, theirs) for ours, theirs in zip(found.sizes, best.sizes, strict=True))
+    )
+    cost, is_within = (np.where(takes, getattr(found, name), getattr(best, name)) for name in ("cost", "is_within"))
+    return Equalised(sizes, cost, is_within)
 
 
 def output_norms(activations: list[LayerActivations]) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ DEFAULT_BUDGET = 0.3
 """Share of dense attention's work: that of the A-shape of 1024 sinks and a window of 4096 at 30K tokens, which all
 candidates of arXiv 2407.02490 cost."""
 DEFAULT_LEVELS = (0.5, 1.0, 2.0)
+"""Multiples of the budget at which candidates are compared, where they are below all of dense."""
 _SAME_NORM = 0.02  # dense outputs of one model differ by less between runs and devices, half precision included
 
 
@@ -46,17 +47,18 @@ def search_patterns(
     progress: Progress | None = None,
     finished: Callable[[LayerResult], None] | None = None,
 ) -> SearchResult:
-    """Finds the pattern of every head: of candidates that cost the same, the one whose output is nearest to dense.
+    """Finds the pattern of every head: of candidates at several budgets those nearest to dense, at a mean cost.
 
     Each layer reads what dense attention gives in the layers below. Each candidate is made as large as the budget
     allows, for each head by itself, by what its tiles really cost with the lists estimated on the prompts; then the
-    outputs are compared with the real values. Estimate, layout and attention are those of a prefill: the same call.
+    outputs are compared with the real values, and `choose` shares the cost out over all heads. Estimate, layout and attention are those of a prefill: the same call.
     Activations of one layer of all prompts are held at a time; `analysis.activation_bytes` says how much that is.
 
     Args:
         model: with its weights; where these are, the search runs.
         prompts: token ids of each calibration prompt, of any lengths; errors are over all of their queries.
-        budget: what a head may cost, as a share of dense attention, above 0 and below 1; over several prompts the mean.
+        budget: what heads may cost in the mean, as a share of dense attention, above 0 and below 1; over several
+            prompts the mean.
         levels: budgets that a head may get, as multiples of `budget`, the least at most 1. Several: heads that need
             more get more, and the mean over all heads keeps the budget; it takes as many times as long. (1.0,): all
             heads cost the same, as in the paper. None = 0.5, 1 and 2, without 2 where that is all of dense or more.

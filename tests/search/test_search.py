@@ -1,6 +1,7 @@
 """The search on a small model: what it finds is what runs, it goes on where it stopped, and it keeps its answer."""
 
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from minference_jax import (
     search_patterns,
     write_patterns,
 )
-from minference_jax.analysis import LayerActivations, head_densities, read_layers, settings_for
+from minference_jax.analysis import LayerActivations, activation_bytes, head_densities, read_layers, settings_for
 from minference_jax.attention import dense_attention
 from minference_jax.kernels import reference
 from minference_jax.search import compare
@@ -99,6 +100,28 @@ def test_errors_are_those_of_the_oracle(model, found):
         wrong += np.square(out - dense).sum(axis=(0, 1, 3))
         whole += np.square(dense).sum(axis=(0, 1, 3))
     np.testing.assert_allclose(result.error, np.sqrt(wrong / whole), rtol=1e-3)
+
+
+def test_the_bytes_that_are_said_are_those_that_are_held(model):
+    layers = read_layers(model, PROMPTS, return_lse=True)
+    layer = next(layers)
+    hidden = sum(one.q.shape[1] * model.config.hidden_size * 4 for one in layer)
+    held = sum(x.nbytes for one in layer for x in (one.q, one.k, one.v, one.out, one.lse))
+    assert activation_bytes(model, [len(prompt) for prompt in PROMPTS], return_lse=True) == hidden + held
+
+
+def test_a_layer_is_let_go_of_before_the_next_is_read(model, monkeypatch):
+    seen, alive = [], []
+
+    def comparing(self, index, activations, told):
+        alive.append(sum(one() is not None for one in seen))
+        seen.extend(weakref.ref(one.q) for one in activations)
+        return real(self, index, activations, told)
+
+    real = Comparison.layer
+    monkeypatch.setattr(Comparison, "layer", comparing)
+    search(model, candidates=CANDIDATES[:1])
+    assert alive == [0] * NUM_LAYERS
 
 
 def planted():
