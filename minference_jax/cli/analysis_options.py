@@ -29,7 +29,11 @@ def add_search(commands: Any) -> None:
     _add_calibration(parser)
     group = parser.add_argument_group("candidates")
     group.add_argument(
-        "--budget", type=share, default=0.3, metavar="X", help="what a head may cost, as a share of dense (0.3)"
+        "--budget",
+        type=share,
+        default=0.3,
+        metavar="X",
+        help="what heads may cost in the mean, as a share of dense (0.3)",
     )
     group.add_argument(
         "--levels",

@@ -51,7 +51,8 @@ def search_patterns(
 
     Each layer reads what dense attention gives in the layers below. Each candidate is made as large as the budget
     allows, for each head by itself, by what its tiles really cost with the lists estimated on the prompts; then the
-    outputs are compared with the real values, and `choose` shares the cost out over all heads. Estimate, layout and attention are those of a prefill: the same call.
+    outputs are compared with the real values, and `choose` shares the cost out over all heads. Estimate,
+    layout and attention are those of a prefill: the same call.
     Activations of one layer of all prompts are held at a time; `analysis.activation_bytes` says how much that is.
 
     Args:
