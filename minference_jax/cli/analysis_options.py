@@ -27,6 +27,10 @@ def add_search(commands: Any) -> None:
     parser.add_argument("--published", metavar="FILE", help="write the result in the published format, too")
     add_model(parser)
     _add_calibration(parser)
+    _add_candidates(parser)
+
+
+def _add_candidates(parser: Any) -> None:
     group = parser.add_argument_group("candidates")
     group.add_argument(
         "--budget",
