@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--budget", type=float, help="share of dense; without it what the default pattern costs")
-    parser.add_argument("--levels", type=float, nargs="+", default=[1.0], help="of the search (1)")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="of the search (0.5 1 2)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--patterns", type=Path, required=True)
     arguments = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     write_patterns(found.patterns, arguments.patterns)
     print(f"search: {seconds:.0f} s on {jax.devices()[0].device_kind}", flush=True)
-    searched = "searched" if arguments.levels == [1.0] else f"searched, levels {' '.join(map(str, arguments.levels))}"
+    searched = f"searched, levels {' '.join(f'{level:g}' for level in arguments.levels)}"
     compared = {searched: found.patterns, "default": uniform(model, DEFAULT_PATTERN), **compared}
     shape = {name: getattr(model.config, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
     shape |= {"dtype": str(model.model.dtype), "batch": 1, "implementation": settings_for(model).implementation}

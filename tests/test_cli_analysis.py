@@ -3,15 +3,19 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
-from minference_jax import AShape, VerticalSlash, read_patterns, search_patterns
+from minference_jax import AShape, VerticalSlash, load, read_patterns, retrieval_prompt, search_patterns
 from minference_jax.cli import main, search_command
 from minference_jax.cli.values import head_pattern
+from minference_jax.search import CandidateResult, LayerResult, compare
 
 TEXT = "The quick brown fox jumps over the lazy dog while it rains on the plain. " * 6
-SEARCH = "search out.json --model MODEL --candidates a_shape:1,4 vertical_slash:4,1 --budget 0.75 --length 450"
+SEARCH = (
+    "search out.json --model MODEL --candidates a_shape:1,4 vertical_slash:4,1 --budget 0.75 --levels 1 --length 450"
+)
 pytestmark = pytest.mark.usefixtures("oracle_first")
 
 
@@ -33,6 +37,7 @@ def run(model, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
+    runs.model = model
     return runs
 
 
@@ -43,7 +48,8 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
     patterns.check(NUM_LAYERS, NUM_HEADS)
     assert (patterns.model, patterns.score_direction) == (str(model), "lower_is_better")
     assert read_patterns(tmp_path / "published.json").layers == patterns.layers
-    lines = out.splitlines()
+    first, *lines = out.splitlines()
+    assert first.startswith("reads 390 tokens; activations take ")
     for index in range(NUM_LAYERS):
         assert lines[index].startswith(f"layer {index:3}: error ")
     assert "a_shape 1 4" in out
@@ -53,15 +59,17 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
     assert "out.json exists: name another file, or give --overwrite" in err
     code, out, _ = run(f"{SEARCH} --overwrite --published published.json")
     assert code == 0
-    assert out.splitlines()[:-1] == lines[:-1]
+    assert out.splitlines()[1:] == lines
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["out.json", "out.json.journal", "published.json"]
     code, out, err = run("prefill --model MODEL --pattern out.json --prompt hello --repeats 1 --json")
     assert json.loads(out)["pattern"] == "out.json"
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["new", "overwrite"])
 def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, tmp_path, more):
-    if more:
-        (tmp_path / "out.json").write_text("an older answer")
+    old = {"out.json": "an older answer", "out.json.journal": "and its journal"} if more else {}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
 
     def stops(*args, finished, **options):
         def first_only(layer):
@@ -74,18 +82,58 @@ def test_an_interrupted_search_goes_on_with_the_same_command(run, monkeypatch, t
         patch.setattr(search_command, "search_patterns", stops)
         code, out, err = run(SEARCH, *more)
     assert code == 130
-    assert out.startswith("layer   0: ")
+    assert out.splitlines()[1].startswith("layer   0: ")
     assert err == "interrupted: the same command goes on behind the last finished layer\n"
-    assert not (tmp_path / "out.json").exists()
+    assert (tmp_path / "out.json").exists() == bool(more)
+    assert {name: (tmp_path / name).read_text() for name in old} == old  # nothing is lost
     code, out, err = run(SEARCH, "--progress", *more)
     assert code == 0
-    assert out.startswith("layer   1: ")
+    assert out.splitlines()[1].startswith("layer   1: ")
     assert "layer 1, a_shape" in err
+    assert len(read_patterns(tmp_path / "out.json").layers) == NUM_LAYERS
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.json", "out.json.journal"]
+
+
+def test_an_older_answer_stays_where_the_arguments_of_an_overwriting_search_are_refused(run, tmp_path):
+    old = {"out.json": "an older answer", "out.json.journal": "and its journal"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    for wrong in (["--budget", "0.6", "--levels", "2"], ["--levels", "1.1"], ["--implementation", "abacus"]):
+        code, _, _ = run(f"{SEARCH} --overwrite", *wrong)
+        assert code == 2
+        assert {path.name: path.read_text() for path in tmp_path.glob("out*")} == old
+
+
+def test_search_hands_on_levels_cost_granularity_and_the_generated_prompts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "dense_milliseconds", lambda layer: float(NUM_HEADS))
+    monkeypatch.setattr(compare, "head_milliseconds", lambda *_: np.full(NUM_HEADS, 0.3))
+    options = "--candidates vertical_slash:30,50 --levels 0.8 1.2 --budget 0.7 --cost time --slash-granularity block"
+    prompts = "--num-prompts 2 --seed 5 --length 450"
+    code, out, err = run(f"search t.json --model MODEL {options} {prompts} --no-chat-template")
+    assert (code, err) == (0, "")
+    assert out.startswith("reads 2 prompts of up to ")
+    assert "vertical_slash 30 50 at 0.84" in out
+    settings = json.loads((tmp_path / "t.json.journal").read_text().splitlines()[0])["settings"]
+    assert settings["budgets"] == [0.7 * 0.8, 0.7 * 1.2]
+    assert (settings["cost"], settings["slash_granularity"]) == ("time", "block")
+    told = load(run.model)
+    plain = [retrieval_prompt(told, 450, seed=seed, chat=False) for seed in (5, 6)]
+    assert settings["prompt_lengths"] == [len(prompt) for prompt in plain]
+    assert told.tokenizer.decode(plain[0]).startswith("This JSON object")
+    assert told.tokenizer.decode(retrieval_prompt(told, 450, seed=5)).startswith("[user] This JSON object")
+
+
+def test_the_line_of_a_layer_that_alone_is_above_the_budget_says_what_it_costs_at_least():
+    a_shape = AShape(sink_size=1, window_size=4)
+    results = [CandidateResult(a_shape, 0.8, (a_shape,), (cost,), (cost,), (0.1,)) for cost in (0.9, 0.8)]
+    assert "cost 0.800" in search_command.line(LayerResult(0, tuple(results), (1.0,)), 0.4)
 
 
 def test_search_takes_prompts_from_files(run, tmp_path):
     (tmp_path / "more.txt").write_text(TEXT[5:420])
-    options = "search f.json --model MODEL --candidates a_shape:1,4 --budget 0.75 --prompt-file text.txt more.txt"
+    options = (
+        "search f.json --model MODEL --candidates a_shape:1,4 --budget 0.75 --levels 1 --prompt-file text.txt more.txt"
+    )
     code, _, err = run(options, "--question", "Why?", "--max-prompt-tokens", "400")
     assert (code, err) == (0, "")
     header = json.loads((tmp_path / "f.json.journal").read_text().splitlines()[0])
@@ -140,10 +188,15 @@ def test_inspect_prints_tables_and_draws(run, tmp_path):
         ("search nowhere/out.json", "nowhere is no folder"),
         ("search text.txt", "text.txt exists"),
         ("search out.json --model MODEL --length 999", "longer than the 512 that the model can read"),
-        (
-            "search out.json --model MODEL --budget 0.1 --candidates vertical_slash:4,1",
-            "every candidate costs more than the budget",
-        ),
+        ("search out.json --published out.json.journal", "is the journal of the output: name another file"),
+        ("search out.json --published out.json.journal.part", "is the journal of the output: name another file"),
+        ("search text.txt --overwrite --prompt-file text.txt", "text.txt is read and would be written, too"),
+        ("search out.json --tiles out.json.journal", "out.json.journal is read and would be written, too"),
+        ("search .. --overwrite", ".. is a folder: name a file"),
+        ("search out.json --slash-granularity block --candidates a_shape:1,4", "goes with vertical_slash"),
+        ("inspect --prompt x --heat-maps heads.gif", "heads.gif: the name of a picture must end in one of .png"),
+        ("inspect --prompt x --head-map 0,0 head", "head: the name of a picture must end in one of .png"),
+        ("inspect --prompt x --heat-maps a.svg --head-map 0,0 ./a.svg", "a.svg is named for two pictures"),
         ("inspect --prompt x --attention dense", "invalid choice: 'dense'"),
         ("inspect --prompt x --model MODEL --of 2", "--of: layer 2 is not one of 0 to 1"),
         ("inspect --prompt x --model MODEL --of 0,1,2", "must be LAYER or LAYER,HEAD"),
@@ -157,6 +210,12 @@ def test_users_mistake_is_one_sentence_and_exit_code_2(run, command, sentence):
     assert err.startswith("minference-jax: error: ")
     assert err.count("\n") == 1
     assert sentence in err
+
+
+def test_a_budget_that_nothing_keeps_is_said_after_the_first_layer(run):
+    code, out, err = run("search out.json --model MODEL --budget 0.1 --candidates vertical_slash:4,1")
+    assert (code, len(out.splitlines())) == (2, 1)
+    assert "layer 0, head 0: every candidate costs more than the budget" in err
 
 
 def test_pictures_are_refused_before_anything_is_computed_where_they_can_not_be_drawn(run, monkeypatch):

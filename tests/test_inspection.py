@@ -150,6 +150,14 @@ def test_pictures_are_drawn(found, tmp_path):
     draw_head(found, 1, 0, tmp_path / "head.png")
     for name in ("heads.png", "head.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    draw_heat_maps(found, tmp_path / "heads.SVG")
+    draw_head(found, 1, 0, tmp_path / "head.pdf")
+    assert b"<svg" in (tmp_path / "heads.SVG").read_bytes()[:1000]
+    assert (tmp_path / "head.pdf").read_bytes().startswith(b"%PDF")
+    for draw, name in ((draw_heat_maps, "heads.txt"), (lambda *where: draw_head(found, 1, 0, where[1]), "head")):
+        with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg, \.pdf"):
+            draw(found, tmp_path / name)
+        assert not (tmp_path / name).exists()
     with pytest.raises(ValueError, match="the map of layer 1, head 1 was not computed"):
         draw_head(found, 1, 1, tmp_path / "other.png")
 

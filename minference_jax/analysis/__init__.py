@@ -1,6 +1,6 @@
 """What search and inspection share: a model's layers one at a time, and what a pattern makes of each head."""
 
-from minference_jax.analysis.activations import LayerActivations, read_layers
+from minference_jax.analysis.activations import LayerActivations, activation_bytes, read_layers
 from minference_jax.analysis.heads import (
     SparseSettings,
     head_densities,
@@ -13,6 +13,7 @@ from minference_jax.analysis.heads import (
 __all__ = [
     "LayerActivations",
     "SparseSettings",
+    "activation_bytes",
     "head_densities",
     "head_errors",
     "head_layouts",

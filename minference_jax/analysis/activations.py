@@ -14,7 +14,7 @@ from jax import Array
 
 from minference_jax.attention import dense_attention
 from minference_jax.generate import LanguageModel
-from minference_jax.generate.prompts import Tokens, pad_prompts
+from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
 from minference_jax.implementations import memory_for
 
 
@@ -42,7 +42,7 @@ def read_layers(
 ) -> Iterator[list[LayerActivations]]:
     """Yields, layer by layer, the activations of every prompt; what a layer gives to the next is dense attention's.
 
-    One layer of all prompts is held at a time.
+    One layer of all prompts is held at a time, if who reads lets go of it (clears the list) before asking for the next.
 
     Args:
         model: reads.
@@ -53,7 +53,7 @@ def read_layers(
     Raises:
         ValueError: no prompt, or one that the model can't read. At the call, not at the first layer.
         NotImplementedError: the named implementation can't do the call.
-        MemoryError: the device has too little.
+        MemoryError: the device has too little; it says how much `activation_bytes` is.
     """
     limits = {"vocab_size": model.config.vocab_size, "max_length": model.config.max_length}
     if len(prompts) == 0:
@@ -67,19 +67,39 @@ def read_layers(
     return _layers(model, padded, {"implementation": implementation, "return_lse": return_lse})
 
 
+def activation_bytes(model: LanguageModel, lengths: Sequence[int], *, return_lse: bool = False) -> int:
+    """Bytes that `read_layers` holds beside the weights: one layer of all prompts, and the hidden states of all.
+
+    Args:
+        model: that reads.
+        lengths: tokens of each prompt, at least 1.
+        return_lse: as for `read_layers`.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+    config = model.config
+    elements = config.hidden_size + 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    token = elements * model.model.dtype.itemsize + 4 * config.num_heads * return_lse
+    return token * sum(map(bucket_length, lengths))
+
+
 def _layers(
     model: LanguageModel, prompts: list[tuple[np.ndarray, np.ndarray]], how: dict[str, Any]
 ) -> Iterator[list[LayerActivations]]:
     graph, state = nnx.split(model.model)
-    longest = max(tokens.shape[1] for tokens, _ in prompts)
-    with memory_for(f"reading {len(prompts)} prompts of up to {longest} tokens layer by layer"):
+    sizes = [tokens.shape[1] for tokens, _ in prompts]
+    held = activation_bytes(model, sizes, return_lse=how["return_lse"]) / 1e9
+    what = f"{len(prompts)} prompts of up to {max(sizes)} tokens, {held:.2f} GB of activations beside the weights,"
+    with memory_for(f"reading {what}"):
         hidden = [_embed(graph, state, tokens) for tokens, _ in prompts]
     for index in range(model.config.num_layers):
         layer = []
-        with memory_for(f"layer {index} of {len(prompts)} prompts of up to {longest} tokens"):
+        with memory_for(f"layer {index} of {what}"):
             for place, (_, lengths) in enumerate(prompts):
                 hidden[place], activations = _run_layer(graph, state, np.int32(index), hidden[place], lengths, **how)
                 layer.append(activations)
+                del activations  # else the last one would outlive the list
         yield layer
 
 

@@ -120,8 +120,12 @@ def head_densities(layer: LayerActivations, pattern: PatternArrays, settings: Sp
     return _densities(layer.q, layer.k, layer.v, pattern, layer.kv_len, options=options)
 
 
+def _capacities(layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings) -> Capacities:
+    return settings.capacities or capacities_of(pattern, layer.k.shape[1])
+
+
 def _options(layer: LayerActivations, pattern: PatternArrays, settings: SparseSettings) -> dict[str, Any]:
-    capacities = settings.capacities or capacities_of(pattern, layer.k.shape[1])
+    capacities = _capacities(layer, pattern, settings)
     return {
         "return_density": True,
         "slash_granularity": settings.slash_granularity,
@@ -142,8 +146,7 @@ def head_layouts(layer: LayerActivations, pattern: PatternArrays, settings: Spar
 
     Args: as `sparse_outputs`. Raises: nothing of its own.
     """
-    capacities = settings.capacities or capacities_of(pattern, layer.k.shape[1])
-    return _layouts(layer.q, layer.k, pattern, layer.kv_len, settings, capacities)
+    return _layouts(layer.q, layer.k, pattern, layer.kv_len, settings, _capacities(layer, pattern, settings))
 
 
 @partial(jax.jit, static_argnames=("settings", "capacities"))

@@ -13,28 +13,39 @@ def add_search(commands: Any) -> None:
     parser = commands.add_parser(
         "search",
         help="find the pattern of every head of a model",
-        description="Find the pattern of every head: of candidates of equal cost the one whose attention output is "
-        "nearest to dense on calibration prompts. Interrupted, the same command goes on at the last finished layer.",
+        description="Find the pattern of every head: candidates with which the attention output is nearest to dense "
+        "on calibration prompts, at a mean cost within the budget. Interrupted, "
+        "the same command goes on at the last finished layer.",
     )
     parser.set_defaults(module="search_command", pattern=None, attention="minference", max_new_tokens=0)
     parser.add_argument("output", metavar="OUTPUT", help="the new pattern file; OUTPUT.journal keeps what was compared")
     parser.add_argument(
-        "--overwrite", action="store_true", help="where OUTPUT exists, remove it and its journal, and begin anew"
+        "--overwrite",
+        action="store_true",
+        help="where OUTPUT exists, search anew and replace it and its journal once the new answer is there",
     )
     parser.add_argument("--published", metavar="FILE", help="write the result in the published format, too")
     add_model(parser)
     _add_calibration(parser)
+    _add_candidates(parser)
+
+
+def _add_candidates(parser: Any) -> None:
     group = parser.add_argument_group("candidates")
     group.add_argument(
-        "--budget", type=share, default=0.3, metavar="X", help="what a head may cost, as a share of dense (0.3)"
+        "--budget",
+        type=share,
+        default=0.3,
+        metavar="X",
+        help="what heads may cost in the mean, as a share of dense (0.3)",
     )
     group.add_argument(
         "--levels",
         nargs="+",
         type=factor,
         metavar="X",
-        help="budgets that a head may get, as multiples: with 0.5 1 2 heads that need more get more, and the mean over "
-        "all heads keeps the budget (1: all heads cost the same)",
+        help="budgets that a head may get, as multiples: heads that need more get more, and the mean over all heads "
+        "keeps the budget; with 1 all heads cost the same, in a third of the time (0.5 1 2)",
     )
     group.add_argument(
         "--cost",
@@ -53,7 +64,6 @@ def add_search(commands: Any) -> None:
     group.add_argument(
         "--slash-granularity",
         choices=("line", "block"),
-        default="line",
         help="with which the patterns are to run (line)",
     )
     group.add_argument("--implementation", metavar="NAME", help="of the attention; without it the first that can")
@@ -101,12 +111,14 @@ def add_inspect(commands: Any) -> None:
     group.add_argument("--passage-size", type=positive, default=64, metavar="N", help="tokens of a passage (64)")
     group.add_argument("--no-time", action="store_true", help="measure no time")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    group.add_argument("--heat-maps", metavar="FILE", help="write a picture of all heads (PNG; needs matplotlib)")
+    group.add_argument(
+        "--heat-maps", metavar="FILE", help="write a picture of all heads (.png, .svg or .pdf; needs matplotlib)"
+    )
     group.add_argument(
         "--head-map",
         nargs=2,
         action="append",
         default=[],
         metavar=("LAYER,HEAD", "FILE"),
-        help="write a picture of this head's attention with what is kept over it; repeatable",
+        help="write a picture (.png, .svg or .pdf) of this head's attention with what is kept over it; repeatable",
     )

@@ -17,7 +17,7 @@ from minference_jax.cli.values import layer_and_head
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.streaming import decode_text
 from minference_jax.inspection import Inspection, Passage, inspect_attention
-from minference_jax.inspection.pictures import check_matplotlib, draw_head, draw_heat_maps
+from minference_jax.inspection.pictures import check_picture, draw_head, draw_heat_maps
 from minference_jax.measure import Prompt, device_name
 
 _EXCERPT = 72  # characters of a passage in a table
@@ -31,10 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     attention, text = choose_attention(arguments), read_prompt(arguments)
     maps = [(_head(place), path) for place, path in arguments.head_map]
-    for path in (*(path for _, path in maps), *([] if arguments.heat_maps is None else [arguments.heat_maps])):
-        check_matplotlib()
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{Path(path).parent} is no folder, so {Path(path).name} can't be written there")
+    _check_pictures([path for _, path in maps] + ([] if arguments.heat_maps is None else [arguments.heat_maps]))
     model = load_model(arguments)
     prompt = encode_prompt(model, text, arguments)
     _check_place(model, arguments.of or ())
@@ -56,6 +53,16 @@ def run(arguments: argparse.Namespace) -> None:
         draw_head(found, *place, path)
     facts = record(model_name(arguments), model, prompt, found, attention.slash_granularity, arguments)
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts, every_head=arguments.heads))
+
+
+def _check_pictures(paths: list[str]) -> None:
+    """Whether every picture can be written, and none over another, before minutes of computing."""
+    for index, path in enumerate(paths):
+        if Path(path).resolve() in [Path(other).resolve() for other in paths[:index]]:
+            raise ValueError(f"{path} is named for two pictures: name another file")
+        check_picture(path)
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{Path(path).parent} is no folder, so {Path(path).name} can't be written there")
 
 
 def _head(text: str) -> tuple[int, int]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from minference_jax.analysis import activation_bytes
 from minference_jax.cli.inputs import encode_prompt, load_model, model_name, read_text
 from minference_jax.cli.progress import StepsDone, wants_bars
 from minference_jax.generate import LanguageModel
-from minference_jax.patterns import write_patterns
+from minference_jax.patterns import VerticalSlash, write_patterns
 from minference_jax.patterns.heads import KINDS
 from minference_jax.search import (
     DEFAULT_CANDIDATES,
@@ -20,6 +22,7 @@ from minference_jax.search import (
     LayerResult,
     SearchResult,
     choose,
+    least_cost,
     retrieval_prompt,
     search_patterns,
 )
@@ -34,26 +37,27 @@ def run(arguments: argparse.Namespace) -> None:
     """
     output = Path(arguments.output)
     journal = output.with_name(f"{output.name}.journal")
-    _check(arguments, output)
+    _check_options(arguments)
+    _check_files(arguments, output, journal)
+    # The old answer and its journal stay until the new ones are there; what is unfinished stands beside them.
+    begun = journal.with_name(f"{journal.name}.part") if output.exists() else journal
     texts = None if arguments.prompt_file is None else [read_text(name) for name in arguments.prompt_file]
     model = load_model(arguments)
     prompts = _prompts(model, arguments, texts)
-    if arguments.overwrite and output.exists():  # where it does not, an interrupted search with --overwrite goes on
-        journal.unlink(missing_ok=True)
-        output.unlink()
+    print(needs(model, prompts), flush=True)
     try:
         with StepsDone(wants_bars(arguments.progress)) as progress:
             found = search_patterns(
                 model,
                 prompts,
                 budget=arguments.budget,
-                levels=arguments.levels or (1.0,),
+                levels=arguments.levels,
                 cost=arguments.cost,
                 candidates=arguments.candidates or DEFAULT_CANDIDATES,
-                slash_granularity=arguments.slash_granularity,
+                slash_granularity=arguments.slash_granularity or "line",
                 implementation=arguments.implementation,
                 name=model_name(arguments),
-                journal=journal,
+                journal=begun,
                 progress=progress,
                 finished=lambda layer: print(line(layer, arguments.budget), flush=True),
             )
@@ -61,13 +65,15 @@ def run(arguments: argparse.Namespace) -> None:
         print("interrupted: the same command goes on behind the last finished layer", file=sys.stderr)
         raise
     write_patterns(found.patterns, output)
+    begun.replace(journal)
     if arguments.published is not None:
         write_patterns(found.patterns, arguments.published, format="published")
-    print(summary(found, arguments.budget))
+    print(summary(found))
     print(f"written to {output}; what was compared is in {journal}")
 
 
-def _check(arguments: argparse.Namespace, output: Path) -> None:
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses options that would be read by nothing."""
     if arguments.prompt_file is None:
         given = ("question", "max_prompt_tokens")
         foreign = [name for name in given if getattr(arguments, name) is not None]
@@ -77,13 +83,34 @@ def _check(arguments: argparse.Namespace, output: Path) -> None:
         foreign = [name for name in ("length", "num_prompts", "seed") if getattr(arguments, name) is not None]
         if foreign:
             raise ValueError(f"--{foreign[0].replace('_', '-')} is for generated prompts, not for --prompt-file")
-    for path in (output, *([] if arguments.published is None else [Path(arguments.published)])):
+    slashes = [one for one in arguments.candidates or DEFAULT_CANDIDATES if isinstance(one, VerticalSlash)]
+    if arguments.slash_granularity is not None and not slashes:
+        raise ValueError("--slash-granularity goes with vertical_slash, which is not among --candidates")
+
+
+def _check_files(arguments: argparse.Namespace, output: Path, journal: Path) -> None:
+    """Whether every file can be written at the end, and over nothing that is to stay, before hours of work."""
+    published = [] if arguments.published is None else [Path(arguments.published)]
+    for path in (output, *published):
         if path.exists() and not arguments.overwrite:
             raise ValueError(f"{path} exists: name another file, or give --overwrite")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file")
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent} is no folder, so {path.name} can't be written there")
-    if arguments.published is not None and Path(arguments.published).resolve() == output.resolve():
-        raise ValueError(f"--published {arguments.published} is the output itself: name another file")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"nothing can be written in {path.parent}: name a file elsewhere")
+    begun = journal.with_name(f"{journal.name}.part")
+    read = [*(arguments.prompt_file or []), *([] if arguments.tiles is None else [arguments.tiles])]
+    taken = [(output, "the output itself"), *((one, "the journal of the output") for one in (journal, begun))]
+    for path in published:
+        for other, what in taken:
+            if path.resolve() == other.resolve():
+                raise ValueError(f"--published {path} is {what}: name another file")
+    written = {path.resolve() for path in (output, journal, begun, *published)}
+    for name in read:
+        if Path(name).resolve() in written:
+            raise ValueError(f"{name} is read and would be written, too: name another output")
 
 
 def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[str] | None) -> list[list[int]]:
@@ -91,7 +118,8 @@ def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[st
         seed, count = arguments.seed or 0, arguments.num_prompts or 1
         if model.tokenizer is None:
             raise ValueError(f"{model_name(arguments)} has no tokenizer files, so it can't read text")
-        return [retrieval_prompt(model, arguments.length, seed=seed + index) for index in range(count)]
+        chat = not arguments.no_chat_template
+        return [retrieval_prompt(model, arguments.length, seed=seed + index, chat=chat) for index in range(count)]
     prompts = []
     for name, text in zip(arguments.prompt_file, texts, strict=True):
         if not text.strip():
@@ -101,15 +129,23 @@ def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[st
 
 
 def line(layer: LayerResult, budget: float) -> str:
-    """What one layer's heads would get if it had the budget for itself."""
-    (chosen,) = choose([layer], budget)
+    """What one layer's heads would get if it had the budget for itself, or the least that it can cost above that."""
+    (chosen,) = choose([layer], max(budget, least_cost([layer])))
     return f"layer {layer.layer:3}: {_described([chosen])}"
 
 
-def summary(found: SearchResult, budget: float) -> str:
+def needs(model: LanguageModel, prompts: list[list[int]]) -> str:
+    """What the search reads, and the memory that it takes for as long as it runs."""
+    lengths = [len(prompt) for prompt in prompts]
+    read = f"{lengths[0]:,} tokens" if len(prompts) == 1 else f"{len(prompts)} prompts of up to {max(lengths):,} tokens"
+    size = activation_bytes(model, lengths) / 1e6
+    return f"reads {read}; activations take {size:,.1f} MB beside the weights and the attention of one prompt"
+
+
+def summary(found: SearchResult) -> str:
     """How often each kind was chosen, and the mean error beside that of each candidate for all heads."""
     lines = [
-        f"all layers: {_described(choose(found.layers, budget))}",
+        f"all layers: {_described(found.chosen)}",
         "one candidate for all heads:",
     ]
     for place, one in enumerate(found.layers[0].candidates):

@@ -104,7 +104,8 @@ def inspect_attention(
     settings = replace(settings, capacities=capacities_for(patterns.max_num_blocks, patterns.max_num_columns))
     for_both = None if implementation is None else settings.implementation
     arrays, figures, passages, times, found = patterns.arrays(), [], [], [], {}
-    for index, (layer,) in enumerate(read_layers(model, [prompt], implementation=for_both, return_lse=True)):
+    for index, held in enumerate(read_layers(model, [prompt], implementation=for_both, return_lse=True)):
+        layer = held.pop()
         if progress is not None:
             progress(index, shape[0], f"layer {index}")
         own = PatternArrays(*(x[index] for x in arrays))
@@ -116,6 +117,7 @@ def inspect_attention(
         for place in maps:
             if place[0] == index:
                 found[place] = head_map(layer, layout, *place, pixels=map_pixels, tiles=settings.tiles)
+        del layer, layout  # else they would lie beside those of the next layer
     if progress is not None:
         progress(shape[0], shape[0], "done")
     mass, error, density = _columns(figures)

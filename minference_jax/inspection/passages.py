@@ -1,4 +1,4 @@
-"""What the last queries of a prompt read of each passage: the answer begins with them."""
+"""What the last queries of a prompt read of each passage; the very last one gives the answer's first token."""
 
 from __future__ import annotations
 

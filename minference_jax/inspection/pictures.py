@@ -1,8 +1,9 @@
-"""Pictures of an inspection, as PNG files; they need matplotlib, the extra `plots`."""
+"""Pictures of an inspection, as PNG, SVG or PDF files; they need matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -14,11 +15,24 @@ from minference_jax.patterns.heads import KINDS
 _KEPT_COLOUR = (0.10, 0.45, 0.85)
 _KEPT_ALPHA = 0.45
 _FLOOR = 1e-6  # share of attention below which a pixel is white
+_ENDINGS = (".png", ".svg", ".pdf")
 
 
-def check_matplotlib() -> None:
-    """Raises ValueError where there is no matplotlib; better before minutes of computing than behind them."""
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Whether a picture can be drawn to this file; better before minutes of computing than behind them.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the file's name does not end in .png, .svg or .pdf.
+    """
+    if Path(path).suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{path}: the name of a picture must end in one of {', '.join(_ENDINGS)}")
     _figure(1, 1, (1, 1))
+
+
+def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes], dpi: int) -> None:
+    """Writes the format that the file's name ends in; into an open file, PNG."""
+    is_named = isinstance(path, str | os.PathLike)
+    figure.savefig(path, format=Path(path).suffix.lower()[1:] if is_named else "png", dpi=dpi)  # type: ignore[arg-type]
 
 
 def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None:
@@ -26,12 +40,13 @@ def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None
 
     Args:
         inspection: to draw.
-        path: of the PNG file.
+        path: of the picture; its ending says the kind: .png, .svg or .pdf.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, or the file's name ends in something else.
         OSError: the file can't be written.
     """
+    check_picture(path)
     parts: dict[str, tuple[np.ndarray, str, tuple[float, float | None]]] = {
         "attention mass kept": (inspection.mass, "viridis", (0, 1)),
         "output error, relative": (inspection.error, "magma_r", (0, 1)),
@@ -50,7 +65,7 @@ def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None
         one.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=one, extend="max" if most == 1 and values.max() > 1 else "neither")
     axes[0][0].set_ylabel("layer")
-    figure.savefig(path, format="png", dpi=150)
+    _save(figure, path, 150)
 
 
 def draw_head(
@@ -61,13 +76,15 @@ def draw_head(
     Args:
         inspection: with the map of that head.
         layer, head: which.
-        path: of the PNG file, or a binary file that is open.
+        path: of the picture, whose ending says the kind: .png, .svg or .pdf; or a binary file that is open, for a PNG.
         dpi: pixels of an inch; the picture has 7.2 by 6.4 inches.
 
     Raises:
-        ValueError: matplotlib is not installed, or that map was not asked for.
+        ValueError: matplotlib is not installed, the file's name ends in something else, or that map was not asked for.
         OSError: the file can't be written.
     """
+    if isinstance(path, str | os.PathLike):
+        check_picture(path)
     found = inspection.maps.get((layer, head))
     if found is None:
         raise ValueError(f"the map of layer {layer}, head {head} was not computed: name it in `maps`")
@@ -85,7 +102,7 @@ def draw_head(
     )
     one.set_xlabel("key, tokens")
     one.set_ylabel("query, tokens")
-    figure.savefig(path, format="png", dpi=dpi)
+    _save(figure, path, dpi)
 
 
 def _draw_map(axes: Any, found: HeadMap) -> Any:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import random
 import uuid
 
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.filling import most_that_fit
 
 CALIBRATION_LENGTH = 30_000
 """Tokens of a generated prompt, where the model can read so many: those of arXiv 2407.02490."""
 
 
-def retrieval_prompt(model: LanguageModel, length: int | None = None, *, seed: int = 0) -> list[int]:
+def retrieval_prompt(model: LanguageModel, length: int | None = None, *, seed: int = 0, chat: bool = True) -> list[int]:
     """Token ids of a JSON object of random identifiers and the question for the value of one of its keys.
-
-    It is in the model's chat template where the tokenizer has one.
 
     Args:
         model: its tokenizer makes the tokens.
         length: tokens that the prompt may have, template included; as many pairs are in it as fit. None =
             CALIBRATION_LENGTH or what the model can read, whichever is less.
         seed: of the identifiers and of the question.
+        chat: whether to use the model's chat template where the tokenizer has one.
 
     Raises:
         ValueError: the model has no tokenizer, not one pair fits, or length is more than the model can read.
@@ -36,13 +35,9 @@ def retrieval_prompt(model: LanguageModel, length: int | None = None, *, seed: i
 
     def encode(pairs: int) -> list[int]:
         text = retrieval_text(pairs, seed)
-        return model.encode_chat(text) if model.tokenizer.chat_template else model.encode(text)
+        return model.encode_chat(text) if chat and model.tokenizer.chat_template else model.encode(text)
 
-    least = len(encode(1))
-    if least > length:
-        raise ValueError(f"a calibration prompt of {length} tokens has no room for one pair, which takes {least}")
-    most_pairs = 2 + length // max(1, (len(encode(9)) - least) // 8)  # all pairs take about as many tokens
-    return encode(bisect.bisect_right(range(1, most_pairs), length, key=lambda count: len(encode(count))))
+    return encode(most_that_fit(lambda pairs: len(encode(pairs)), length, what="a calibration prompt"))
 
 
 def retrieval_text(num_pairs: int, seed: int) -> str:

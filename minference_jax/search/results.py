@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -40,13 +40,16 @@ class LayerResult(NamedTuple):
     Attributes:
         layer: index, from 0.
         candidates: in the order of the search.
-        output_norms: N numbers, norm of dense attention's output over all prompts: tells another model or other
-            prompts apart when a search goes on.
+        output_norms: N numbers, norm of dense attention's output over all prompts: what a head's error is weighted
+            with, and what tells another model or other prompts apart when a search goes on.
     """
 
     layer: int
     candidates: tuple[CandidateResult, ...]
     output_norms: tuple[float, ...]
+
+
+Chosen: TypeAlias = tuple[tuple[CandidateResult, ...], ...]
 
 
 class SearchResult(NamedTuple):
@@ -55,73 +58,109 @@ class SearchResult(NamedTuple):
     Attributes:
         patterns: the choice for every head, with its error as score.
         layers: what was compared, one for each layer.
+        chosen: for each layer the result that each head has.
     """
 
     patterns: ModelPatterns
     layers: tuple[LayerResult, ...]
+    chosen: Chosen
 
 
-def choose(layers: Sequence[LayerResult], budget: float) -> list[list[CandidateResult]]:
-    """The result that each head of each layer is to have: the least sum of errors at a mean cost within the budget.
+def choose(layers: Sequence[LayerResult], budget: float) -> Chosen:
+    """The result that each head of each layer is to have: the least loss in all at a mean cost within the budget.
 
-    Where every result costs the budget at most, that is the least error of each head; of equal ones the first counts.
-    Otherwise every head minimises its error plus a price times its cost, one price for all, the lowest that will do.
+    A head's loss is its squared error as a share of the layer's output: (error * output_norm)^2 over the sum of the
+    squared output norms of the layer. Summed over the heads it is the squared error of the layer, relative to dense.
+
+    Where the best result of every head keeps the mean cost within the budget, these are chosen; of equal ones the
+    first. Else cost is given a price, the same for all heads, and each takes the result whose loss + price * cost is
+    least: the higher the price, the less they all cost. The price is the lowest that keeps the mean cost within the
+    budget.
 
     Args:
         layers: one or more.
         budget: of the mean cost over all heads.
 
+    Returns:
+        For each layer N results, those of its heads.
+
     Raises:
-        ValueError: no result keeps within its own budget at some head, or none is cheap enough.
+        ValueError: no result keeps within its own budget at some head, or the cheapest together cost too much.
     """
-    errors, costs = ([_table(getattr(one, name) for one in layer.candidates) for layer in layers] for name in _COLUMNS)
-    error, cost = np.concatenate(errors, axis=1), np.concatenate(costs, axis=1)  # [candidates, heads of all layers]
-    num_heads = len(layers[0].output_norms)
-    impossible = np.flatnonzero(np.isinf(error).all(axis=0))
+    cost, loss = _table(layers, "cost"), _losses(layers)
+    impossible = np.argwhere(np.isinf(loss).all(axis=1))
     if impossible.size:
-        layer, head = divmod(int(impossible[0]), num_heads)
-        raise ValueError(
-            f"layer {layers[layer].layer}, head {head}: every candidate costs more than the budget at its least sizes: "
-            f"give a larger budget or an A-shape among the candidates"
-        )
+        layer, head = impossible[0].tolist()
+        raise ValueError(f"layer {layers[layer].layer}, head {head}: no candidate keeps within its budget")
+    if least_cost(layers) > budget:
+        raise ValueError(_too_dear(least_cost(layers), budget))
 
     def at(price: float) -> np.ndarray:
-        return np.argmin(error + price * np.where(np.isinf(cost), 0.0, cost), axis=0)
+        return np.argmin(loss + price * np.where(np.isinf(cost), 0.0, cost), axis=1)  # [L, N]
 
-    def mean_cost(which: np.ndarray) -> float:
-        return float(np.take_along_axis(cost, which[None], axis=0).mean())
+    def fits(which: np.ndarray) -> bool:
+        return float(np.take_along_axis(cost, which[:, None], axis=1).mean()) <= budget
 
-    low, high = 0.0, 1.0
-    which = at(low)
-    if mean_cost(which) > budget:
-        while mean_cost(at(high)) > budget and high < _MOST_PRICE:
+    which = at(0.0)
+    if not fits(which):
+        low, high = 0.0, 1.0
+        while not fits(at(high)) and high < _MOST_PRICE:
             high *= 4
         for _ in range(_PRICE_STEPS):
             middle = (low + high) / 2
-            low, high = (low, middle) if mean_cost(at(middle)) <= budget else (middle, high)
-        which = at(high)
-        if mean_cost(which) > budget:
-            least = f"{mean_cost(which):.3f}"
-            raise ValueError(f"the cheapest results cost {least}, more than {budget=}: give a lower level, too")
-    table = which.reshape(-1, num_heads)
-    return [[layer.candidates[i] for i in row] for layer, row in zip(layers, table.tolist(), strict=True)]
+            low, high = (low, middle) if fits(at(middle)) else (middle, high)
+        which = at(high) if fits(at(high)) else np.argmin(cost, axis=1)
+    rows = zip(layers, which.tolist(), strict=True)
+    return tuple(tuple(layer.candidates[place] for place in row) for layer, row in rows)
 
 
-_COLUMNS = ("error", "cost")
+def least_cost(layers: Sequence[LayerResult]) -> float:
+    """The mean over all heads of the cost of each one's cheapest result: no choice costs less."""
+    return float(_table(layers, "cost").min(axis=1).mean())
+
+
+def check_affordable(layers: Sequence[LayerResult], budget: float, num_layers: int) -> None:
+    """Refuses a search whose finished layers alone cost more than the budget allows all layers.
+
+    Args:
+        layers: those that are finished.
+        budget: of the mean cost over all heads of all layers.
+        num_layers: of the model.
+
+    Raises:
+        ValueError: no choice can keep the budget any more.
+    """
+    least = least_cost(layers)
+    if least * len(layers) > budget * num_layers:
+        raise ValueError(f"{len(layers)} of {num_layers} layers: {_too_dear(least, budget)}")
+
+
+def _too_dear(cost: float, budget: float) -> str:
+    return f"the cheapest results cost {cost:.3f} in the mean, more than {budget=:.3f}: give a lower level, too"
+
+
 _MOST_PRICE, _PRICE_STEPS = 1e12, 60
 
 
-def _table(columns: Iterable[tuple[float | None, ...]]) -> np.ndarray:
-    return np.array([[np.inf if x is None else x for x in column] for column in columns])
+def _table(layers: Sequence[LayerResult], name: str) -> np.ndarray:
+    """A column of all results, [L, candidates, N]; infinite where a candidate can't keep within its budget."""
+    columns = [[getattr(one, name) for one in layer.candidates] for layer in layers]
+    return np.array([[[np.inf if x is None else x for x in row] for row in layer] for layer in columns])
 
 
-def as_patterns(layers: tuple[LayerResult, ...], budget: float, *, model: str | None, source: str) -> ModelPatterns:
-    """The choices of all layers, exactly as they were found, with their errors as scores.
+def _losses(layers: Sequence[LayerResult]) -> np.ndarray:
+    """[L, candidates, N]; see `choose`."""
+    norms = np.array([layer.output_norms for layer in layers])
+    whole = np.sqrt(np.square(norms).sum(axis=1, keepdims=True))
+    share = norms / np.where(whole > 0, whole, 1.0)
+    error = _table(layers, "error")
+    with np.errstate(invalid="ignore"):  # a head without output has no share: infinity times 0
+        loss = np.square(error * share[:, None])
+    return np.where(np.isinf(error), np.inf, loss)
 
-    Raises:
-        ValueError: as `choose`.
-    """
-    chosen = choose(layers, budget)
+
+def as_patterns(chosen: Chosen, *, model: str | None, source: str) -> ModelPatterns:
+    """The choices of all layers, exactly as they were found, with their errors as scores."""
     return ModelPatterns(
         layers=tuple(tuple(one.patterns[head] for head, one in enumerate(row)) for row in chosen),  # type: ignore[misc]
         scores=tuple(tuple(one.error[head] for head, one in enumerate(row)) for row in chosen),

@@ -1,4 +1,4 @@
-"""The search itself: layer by layer, all heads of a layer at once, every candidate at the same cost."""
+"""The search itself: what it is asked is checked, then layer by layer every candidate is compared, and one chosen."""
 
 from __future__ import annotations
 
@@ -6,40 +6,30 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict
+from typing import Any, get_args
 
 import numpy as np
 
-from minference_jax.analysis import (
-    LayerActivations,
-    SparseSettings,
-    head_densities,
-    head_errors,
-    read_layers,
-    settings_for,
-    sparse_outputs,
-)
-from minference_jax.analysis.timing import dense_milliseconds, head_milliseconds
+from minference_jax.analysis import LayerActivations, read_layers, settings_for
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.prompts import Tokens
 from minference_jax.index import SlashGranularity
 from minference_jax.models.digest import weights_digest
-from minference_jax.patterns import HeadPattern, PatternArrays
-from minference_jax.search.budget import Equalised, equalise
-from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates, head_patterns
+from minference_jax.patterns import HeadPattern
+from minference_jax.patterns.heads import KINDS
+from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates
+from minference_jax.search.compare import TOLERANCE, Comparison, Cost, output_norms
 from minference_jax.search.journal import Journal, pattern_fields
-from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, as_patterns, choose
+from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose
 
-Cost = Literal["tiles", "time"]
 Progress = Callable[[int, int, str], None]
 
 DEFAULT_BUDGET = 0.3
 """Share of dense attention's work: that of the A-shape of 1024 sinks and a window of 4096 at 30K tokens, which all
 candidates of arXiv 2407.02490 cost."""
-TOLERANCE = 0.02
-"""How far below the budget a candidate may stay where its sizes could still grow, as a share of it."""
-_TIME_ROUNDS = 3  # measured corrections of the tiles that a time allows
+DEFAULT_LEVELS = (0.5, 1.0, 2.0)
+"""Multiples of the budget at which candidates are compared, where they are below all of dense."""
 _SAME_NORM = 0.02  # dense outputs of one model differ by less between runs and devices, half precision included
 
 
@@ -48,7 +38,7 @@ def search_patterns(
     prompts: Sequence[Tokens],
     *,
     budget: float = DEFAULT_BUDGET,
-    levels: Sequence[float] = (1.0,),
+    levels: Sequence[float] | None = None,
     cost: Cost = "tiles",
     candidates: Sequence[HeadPattern] = DEFAULT_CANDIDATES,
     slash_granularity: SlashGranularity = "line",
@@ -58,19 +48,22 @@ def search_patterns(
     progress: Progress | None = None,
     finished: Callable[[LayerResult], None] | None = None,
 ) -> SearchResult:
-    """Finds the pattern of every head: of candidates that cost the same, the one whose output is nearest to dense.
+    """Finds the pattern of every head: of candidates at several budgets those nearest to dense, at a mean cost.
 
     Each layer reads what dense attention gives in the layers below. Each candidate is made as large as the budget
     allows, for each head by itself, by what its tiles really cost with the lists estimated on the prompts; then the
-    outputs are compared with the real values. Estimate, layout and attention are those of a prefill: the same call.
-    Activations of one layer of all prompts are held at a time.
+    outputs are compared with the real values, and `choose` shares the cost out over all heads. Estimate,
+    layout and attention are those of a prefill: the same call.
+    Activations of one layer of all prompts are held at a time; `analysis.activation_bytes` says how much that is.
 
     Args:
         model: with its weights; where these are, the search runs.
         prompts: token ids of each calibration prompt, of any lengths; errors are over all of their queries.
-        budget: what a head may cost, as a share of dense attention, above 0 and below 1; over several prompts the mean.
-        levels: budgets that a head may get, as multiples of `budget`. One: all heads cost the same, as in the paper.
-            Several, such as 0.5, 1 and 2: heads that need more get more, and the mean over all heads keeps the budget.
+        budget: what heads may cost in the mean, as a share of dense attention, above 0 and below 1; over several
+            prompts the mean.
+        levels: budgets that a head may get, as multiples of `budget`, the least at most 1. Several: heads that need
+            more get more, and the mean over all heads keeps the budget; it takes as many times as long. (1.0,): all
+            heads cost the same, as in the paper. None = 0.5, 1 and 2, without 2 where that is all of dense or more.
         cost: "tiles" = the work of the computed tiles (density); "time" = measured time of attention on this device.
         candidates: kinds with proportions of sizes; None of them may be dense.
         slash_granularity: "line" or "block", with which the patterns are to run.
@@ -96,107 +89,59 @@ def search_patterns(
     check_candidates(candidates)
     if not (isinstance(budget, int | float) and 0 < budget < 1):
         raise ValueError(f"{budget=} must be above 0 and below 1, a share of dense attention's cost")
-    budgets = [budget * level for level in levels]
-    if not budgets or len(set(budgets)) < len(budgets) or not all(0 < one < 1 for one in budgets):
-        raise ValueError(f"levels={list(levels)} must be different multiples of {budget=}, each above 0 and below 1")
+    budgets = _budgets(budget, levels)
     if cost not in get_args(Cost):
         raise ValueError(f'{cost=} must be "tiles" or "time"')
     settings = settings_for(model, slash_granularity=slash_granularity, implementation=implementation)
     layers = read_layers(model, prompts)
-    search = _Search(
-        candidates=tuple(candidates), budgets=tuple(budgets), cost=cost, settings=settings, size=max(map(len, prompts))
+    search = Comparison(
+        candidates=tuple(candidates), budgets=budgets, cost=cost, settings=settings, size=max(map(len, prompts))
     )
     kept = Journal(journal, _described(model, prompts, search, name))
-    total, done = model.config.num_layers * len(candidates) * len(budgets), 0
+    num_layers, steps, allowed = model.config.num_layers, len(candidates) * len(budgets), search.allowed(budget)
     for index, activations in enumerate(layers):
         if index < len(kept.layers):
             _check_same(kept.layers[index], activations)
-            done += len(candidates) * len(budgets)
-            continue
-        found = []
-        for candidate, allowed in itertools.product(candidates, budgets):
-            if progress is not None:
-                progress(done, total, f"layer {index}, {pattern_fields(candidate)['kind']}")  # type: ignore[index]
-            found.append(search.compare(index, activations, candidate, allowed))
-            done += 1
-        result = LayerResult(index, tuple(found), _norms(activations))
-        choose([result], 1.0)  # a budget that nothing can keep is to be said now
-        kept.add(result)
-        if finished is not None:
-            finished(result)
+        else:
+            told = _told(progress, index, num_layers, steps)
+            kept.add(search.layer(index, activations, told))
+            check_affordable(kept.layers, allowed, num_layers)
+            if finished is not None:
+                finished(kept.layers[-1])
+        activations.clear()  # else they would lie beside those of the next layer
     if progress is not None:
-        progress(total, total, "done")
+        progress(num_layers * steps, num_layers * steps, "done")
+    found, chosen = tuple(kept.layers), choose(kept.layers, allowed)
     source = f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
-    return SearchResult(as_patterns(tuple(kept.layers), budget, model=name, source=source), tuple(kept.layers))
+    return SearchResult(as_patterns(chosen, model=name, source=source), found, chosen)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """What stays the same from layer to layer."""
-
-    candidates: tuple[HeadPattern, ...]
-    budgets: tuple[float, ...]  # of a head
-    cost: Cost
-    settings: SparseSettings
-    size: int  # most tokens of a prompt
-
-    def compare(
-        self, index: int, activations: list[LayerActivations], candidate: HeadPattern, budget: float
-    ) -> CandidateResult:
-        """One candidate in one layer, at one budget: its error at every head."""
-        num_heads = activations[0].q.shape[2]
-        found = self._by_tiles(activations, candidate, np.full(num_heads, budget))
-        if self.cost == "time":
-            found = self._by_time(activations, candidate, found, budget)
-        squares, density = np.zeros((2, num_heads)), np.zeros(num_heads)
-        for layer in activations:
-            out, _, share = sparse_outputs(layer, found.sizes, self.settings)
-            squares += np.stack([np.asarray(x, np.float64) for x in head_errors(out, layer.out, layer.kv_len)])
-            density += np.asarray(share, np.float64) / len(activations)
-        error = np.sqrt(squares[0] / np.where(squares[1] > 0, squares[1], 1.0))
-        if not np.isfinite(error).all():
-            head = int(np.flatnonzero(~np.isfinite(error))[0])
-            raise ValueError(f"layer {index}, head {head}: the attention output is not finite, so nothing is nearest")
-
-        def where_within(values: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(x if fits else None for x, fits in zip(values, found.is_within.tolist(), strict=True))
-
-        patterns = where_within(head_patterns(candidate, found.sizes))
-        columns = (where_within(x.tolist()) for x in (found.cost, density, error))
-        return CandidateResult(candidate, budget, patterns, *columns)
-
-    def _by_tiles(self, activations: list[LayerActivations], candidate: HeadPattern, budget: np.ndarray) -> Equalised:
-        def density(sizes: PatternArrays) -> np.ndarray:
-            shares = [head_densities(layer, sizes, self.settings) for layer in activations]
-            return np.mean([np.asarray(share, np.float64) for share in shares], axis=0)
-
-        return equalise(candidate, density, budget, size=self.size, tolerance=TOLERANCE)
-
-    def _by_time(
-        self, activations: list[LayerActivations], candidate: HeadPattern, found: Equalised, budget: float
-    ) -> Equalised:
-        """Corrects the tiles that each head may have by what they are measured to take; a measurement is not exact."""
-        num_heads = activations[0].q.shape[2]
-        dense = [dense_milliseconds(layer) / num_heads for layer in activations]
-        tiles = np.full(num_heads, budget)
-        for last in range(_TIME_ROUNDS - 1, -1, -1):
-            taken = [head_milliseconds(layer, found.sizes, self.settings) for layer in activations]
-            cost = np.mean([ms / whole for ms, whole in zip(taken, dense, strict=True)], axis=0)
-            if not last:
-                break
-            tiles = np.minimum(tiles * budget / cost, 1.0)
-            found = self._by_tiles(activations, candidate, tiles)
-        return found._replace(cost=cost)
+def _budgets(budget: float, levels: Sequence[float] | None) -> tuple[float, ...]:
+    if levels is None:
+        levels = [level for level in DEFAULT_LEVELS if budget * level < 1]
+    budgets = tuple(budget * level for level in levels)
+    if not budgets or len(set(budgets)) < len(budgets) or not all(0 < one < 1 for one in budgets):
+        raise ValueError(f"levels={list(levels)} must be different multiples of {budget=}, each above 0 and below 1")
+    if min(levels) > 1:
+        raise ValueError(f"levels={list(levels)} must begin at 1 or less: above it no mean keeps the budget")
+    return budgets
 
 
-def _norms(activations: list[LayerActivations]) -> tuple[float, ...]:
-    squares = [np.asarray(head_errors(x.out, x.out, x.kv_len)[1], np.float64) for x in activations]
-    return tuple(np.sqrt(np.sum(squares, axis=0)).tolist())
+def _told(progress: Progress | None, index: int, num_layers: int, steps: int) -> Callable[[HeadPattern], None]:
+    """What reports each step of a layer."""
+    done = itertools.count(index * steps)
+
+    def told(candidate: HeadPattern) -> None:
+        if progress is not None:
+            kind = KINDS[type(candidate)].name.lower()
+            progress(next(done), num_layers * steps, f"layer {index}, {kind}")
+
+    return told
 
 
 def _check_same(kept: LayerResult, activations: list[LayerActivations]) -> None:
     """Refuses to go on with a search that another model began."""
-    now = np.array(_norms(activations))
+    now = np.array(output_norms(activations))
     if len(kept.output_norms) != now.size or not np.allclose(now, kept.output_norms, rtol=_SAME_NORM):
         raise ValueError(
             f"layer {kept.layer} gives other outputs than when the search began: the weights are not the same; remove "
@@ -204,7 +149,7 @@ def _check_same(kept: LayerResult, activations: list[LayerActivations]) -> None:
         )
 
 
-def _described(model: LanguageModel, prompts: Sequence[Tokens], search: _Search, name: str | None) -> dict[str, Any]:
+def _described(model: LanguageModel, prompts: Sequence[Tokens], search: Comparison, name: str | None) -> dict[str, Any]:
     """All that the result depends on, as JSON."""
     tokens = hashlib.sha256(b"".join(np.asarray(x, np.int64).tobytes() + b";" for x in prompts)).hexdigest()
     return {
