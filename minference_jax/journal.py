@@ -33,7 +33,7 @@ class Format(NamedTuple):
 
 
 class Journal:
-    """The journal at a path, begun or taken up; an empty file is begun.
+    """The journal at a path, begun or taken up; a file that is empty or has no results yet is begun anew.
 
     Args:
         path: of the file; its folder is made where there is none. None = nothing is kept.
@@ -64,10 +64,14 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._write(head, "wb")
             return
+        first, _, results = whole.partition(b"\n")
         try:
-            _check_head(whole.partition(b"\n")[0], form, json.loads(head)["settings"])
+            _check_head(first, form, json.loads(head)["settings"] if results else None)
         except ValueError as error:
             raise ValueError(f"{self._path}: {error}") from None
+        if not results:
+            self._write(head, "wb")
+            return
         for number, line in enumerate(whole.split(b"\n")[1:-1], 2):
             try:
                 read(_object(line))
@@ -108,7 +112,8 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _check_head(line: bytes, form: Format, settings: dict[str, Any]) -> None:
+def _check_head(line: bytes, form: Format, settings: dict[str, Any] | None) -> None:
+    """Refuses a first line of something else, or of other settings; None = these do not matter."""
     try:
         head = _object(line)
     except ValueError:
@@ -121,7 +126,7 @@ def _check_head(line: bytes, form: Format, settings: dict[str, Any]) -> None:
     if version != form.version or type(version) is not int:
         raise ValueError(f"version {short_repr(version)} must be {form.version}")
     check_fields(head, {"format": TEXT, "version": WHOLE, "settings": OBJECT})
-    different = list(_differences(head["settings"], settings))
+    different = [] if settings is None else list(_differences(head["settings"], settings))
     if different:
         more = len(different) - _MOST_DIFFERENCES
         named = "; ".join(different[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")

@@ -155,7 +155,7 @@ def test_pictures_are_drawn(found, tmp_path):
     assert b"<svg" in (tmp_path / "heads.SVG").read_bytes()[:1000]
     assert (tmp_path / "head.pdf").read_bytes().startswith(b"%PDF")
     for draw, name in ((draw_heat_maps, "heads.txt"), (lambda *where: draw_head(found, 1, 0, where[1]), "head")):
-        with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg, \.pdf"):
+        with pytest.raises(ValueError, match="a picture's name ends in one of"):
             draw(found, tmp_path / name)
         assert not (tmp_path / name).exists()
     with pytest.raises(ValueError, match="the map of layer 1, head 1 was not computed"):

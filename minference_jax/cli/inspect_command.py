@@ -14,10 +14,11 @@ from minference_jax.cli.inputs import choose_attention, encode_prompt, load_mode
 from minference_jax.cli.patterns_command import describe
 from minference_jax.cli.progress import StepsDone, wants_bars
 from minference_jax.cli.values import layer_and_head
+from minference_jax.figures import check_picture
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.streaming import decode_text
 from minference_jax.inspection import Inspection, Passage, inspect_attention
-from minference_jax.inspection.pictures import check_picture, draw_head, draw_heat_maps
+from minference_jax.inspection.pictures import draw_head, draw_heat_maps
 from minference_jax.measure import Prompt, device_name
 
 _EXCERPT = 72  # characters of a passage in a table

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from minference_jax.demo.settings import Refused
 from minference_jax.evaluate.niah import CITIES, NEEDLE, QUESTION
-from minference_jax.evaluate.samples import generator, most_that_fit
+from minference_jax.evaluate.samples import generator
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.filling import most_that_fit
 from minference_jax.measure import encode_question
 
 NUMBERS = 1_000_000, 9_999_999  # of the needles

@@ -24,9 +24,9 @@ from minference_jax.evaluate.samples import (
     check_names,
     encoder,
     generator,
-    most_that_fit,
 )
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.filling import most_that_fit
 from minference_jax.patterns.heads import at
 
 

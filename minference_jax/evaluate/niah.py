@@ -15,9 +15,9 @@ from minference_jax.evaluate.samples import (
     check_lengths,
     encoder,
     generator,
-    most_that_fit,
 )
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.filling import most_that_fit
 
 MAX_NEW_TOKENS = 32
 NEEDLE = "\nThe special magic {city} number is: {number}\n"

@@ -20,9 +20,9 @@ from minference_jax.evaluate.samples import (
     check_names,
     encoder,
     generator,
-    most_that_fit,
 )
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.filling import most_that_fit
 
 NO_CORPUS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 """The tasks that are made of nothing but random words and numbers."""

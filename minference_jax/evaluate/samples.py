@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,29 +143,3 @@ def check_lengths(model: LanguageModel, lengths: Sequence[int]) -> None:
 def generator(*parts: object) -> random.Random:
     """Random numbers that depend on these parts alone, so that any sample can be made again without the others."""
     return random.Random("/".join(map(str, parts)))
-
-
-def most_that_fit(
-    tokens: Callable[[int], int], length: int, *, least: int = 1, most: int | None = None, what: str
-) -> int:
-    """The largest number of units whose prompt and answer have no more than `length` tokens.
-
-    Args:
-        tokens: how many tokens a number of units makes, more for more.
-        length: tokens.
-        least: units that there must be.
-        most: units that there are; None = any number.
-        what: is to be filled, for messages.
-
-    Raises:
-        ValueError: `least` are too many, or all there are fill less than `length`.
-    """
-    if tokens(least) > length:
-        raise ValueError(f"{what}: {length=} is too short, the shortest prompt and its answer take {tokens(least)}")
-    fits = high = least
-    while high == fits:
-        if high == most:
-            raise ValueError(f"{what}: {length=} needs more material than there is, all of it makes {tokens(high)}")
-        high = min(2 * fits, most) if most is not None else 2 * fits
-        fits = high if tokens(high) <= length else fits
-    return fits + bisect.bisect_right(range(fits + 1, high), length, key=tokens)

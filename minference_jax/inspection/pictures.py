@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from minference_jax.figures import check_picture, figure_class
 from minference_jax.inspection.inspection import Inspection
 from minference_jax.inspection.maps import HeadMap
 from minference_jax.patterns.heads import KINDS
@@ -15,18 +16,6 @@ from minference_jax.patterns.heads import KINDS
 _KEPT_COLOUR = (0.10, 0.45, 0.85)
 _KEPT_ALPHA = 0.45
 _FLOOR = 1e-6  # share of attention below which a pixel is white
-_ENDINGS = (".png", ".svg", ".pdf")
-
-
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Whether a picture can be drawn to this file; better before minutes of computing than behind them.
-
-    Raises:
-        ValueError: matplotlib is not installed, or the file's name does not end in .png, .svg or .pdf.
-    """
-    if Path(path).suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{path}: the name of a picture must end in one of {', '.join(_ENDINGS)}")
-    _figure(1, 1, (1, 1))
 
 
 def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes], dpi: int) -> None:
@@ -40,7 +29,7 @@ def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None
 
     Args:
         inspection: to draw.
-        path: of the picture; its ending says the kind: .png, .svg or .pdf.
+        path: of the picture; its ending says the kind, such as .png, .svg or .pdf.
 
     Raises:
         ValueError: matplotlib is not installed, or the file's name ends in something else.
@@ -121,11 +110,5 @@ def _draw_map(axes: Any, found: HeadMap) -> Any:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(
-            "pictures need matplotlib, which is not installed: pip install 'minference-jax[plots]'"
-        ) from None
-    figure = Figure(figsize=size, layout="constrained")
+    figure = figure_class()(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)

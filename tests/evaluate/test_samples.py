@@ -15,7 +15,8 @@ from minference_jax.evaluate.infinitebench_tasks import SYNTHETIC
 from minference_jax.evaluate.metrics import METRICS
 from minference_jax.evaluate.niah import niah_samples
 from minference_jax.evaluate.ruler import ESSAY, NO_CORPUS, QA, ruler_samples
-from minference_jax.evaluate.samples import Question, encoder, most_that_fit
+from minference_jax.evaluate.samples import Question, encoder
+from minference_jax.generate.filling import most_that_fit
 
 LENGTH = 12_000  # bytes, which are tokens here
 CONTEXT = 16_384
