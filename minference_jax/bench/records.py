@@ -124,9 +124,8 @@ def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[tuple, dict[tuple, dict[str, Any]]] = {}
     for one in records:
         if one["suite"] == "attention":
-            same = ("case", "lists", "implementation", "tiles", "length")
             group = found.setdefault((one["device"], one["commit"]), {})
-            group[tuple(one[name] for name in same)] = one
+            group[_measured(one)[1:]] = one
     in_order = []
     for group in found.values():
         cases = [key[:-1] for key in group]
@@ -134,12 +133,20 @@ def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return in_order
 
 
+def _measured(record: dict[str, Any]) -> tuple:
+    return tuple(record[name] for name in ("device", "case", "lists", "implementation", "tiles", "length"))
+
+
 def attention_table(records: Iterable[dict[str, Any]]) -> str:
     """Markdown: for each device and commit a table of the attention suite, and below it where and with what.
 
-    Columns that no row of a table has are left out.
+    What was measured again on a device stands in the newest table alone. Columns that no row of a table has are left
+    out.
     """
-    tables = ["\n".join((*_rows(group), "", _caption(group))) for group in groups(records)]
+    found = groups(records)
+    newest = {_measured(row): row["commit"] for group in found for row in group}
+    current = ([row for row in group if newest[_measured(row)] == row["commit"]] for group in found)
+    tables = ["\n".join((*_rows(group), "", _caption(group))) for group in current if group]
     return "\n\n".join(tables) or "Nothing is recorded for this release yet."
 
 
