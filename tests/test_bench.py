@@ -356,9 +356,17 @@ def test_a_table_for_each_device_and_commit_has_the_newest_of_equal_records():
     assert records.attention_table([]) == "Nothing is recorded for this release yet."
 
 
+def test_what_was_measured_again_stands_in_the_newest_table_alone():
+    rows = [example(commit="old"), example(commit="old", length=32768), example(commit="new", ms=4.0)]
+    assert [[row["commit"] for row in group] for group in records.groups(rows)] == [["old", "old"], ["new"]]
+    old, new = records.groups(rows, newest_only=True)
+    assert [(row["commit"], row["length"]) for row in (*old, *new)] == [("old", 32768), ("new", 8192)]
+
+
 def test_readme_tables_are_those_of_the_recorded_results():
     updated = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))["updated"]
-    assert (ROOT / "README.md").read_text() == updated()
+    for path, text in updated().items():
+        assert path.read_text() == text
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

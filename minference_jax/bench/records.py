@@ -119,18 +119,23 @@ BASELINES = {
 }
 
 
-def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Records of the attention suite by device and commit, each group by case and length; of equals the newest."""
+def groups(records: Iterable[dict[str, Any]], newest_only: bool = False) -> list[list[dict[str, Any]]]:
+    """Records of the attention suite by device and commit, each group by case and length; of equals the newest.
+
+    newest_only: what was measured again on a device is in the newest group alone.
+    """
     found: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+    newest = {}
     for one in records:
         if one["suite"] == "attention":
-            group = found.setdefault((one["device"], one["commit"]), {})
-            group[_measured(one)[1:]] = one
+            found.setdefault((one["device"], one["commit"]), {})[_measured(one)] = one
+            newest[_measured(one)] = one
     in_order = []
     for group in found.values():
         cases = [key[:-1] for key in group]
-        in_order.append([group[key] for key in sorted(group, key=lambda key: (cases.index(key[:-1]), key[-1]))])
-    return in_order
+        rows = [group[key] for key in sorted(group, key=lambda key: (cases.index(key[:-1]), key[-1]))]
+        in_order.append([row for row in rows if not newest_only or newest[_measured(row)] is row])
+    return [group for group in in_order if group]
 
 
 def _measured(record: dict[str, Any]) -> tuple:
@@ -143,10 +148,7 @@ def attention_table(records: Iterable[dict[str, Any]]) -> str:
     What was measured again on a device stands in the newest table alone. Columns that no row of a table has are left
     out.
     """
-    found = groups(records)
-    newest = {_measured(row): row["commit"] for group in found for row in group}
-    current = ([row for row in group if newest[_measured(row)] == row["commit"]] for group in found)
-    tables = ["\n".join((*_rows(group), "", _caption(group))) for group in current if group]
+    tables = ["\n".join((*_rows(group), "", _caption(group))) for group in groups(records, newest_only=True)]
     return "\n\n".join(tables) or "Nothing is recorded for this release yet."
 
 
@@ -158,9 +160,9 @@ def _rows(group: Sequence[dict[str, Any]]) -> list[str]:
         "implementation": [f"`{row['implementation']}`" if differ else "" for row in group],
         "tiles": [_tiles(row["tiles"]) for row in group],
         "density": [f"{row['density']:.2f}" if row["density"] >= 0.1 else f"{row['density']:.3f}" for row in group],
-        "dense, ms": [_milliseconds(row["baseline_ms"]) for row in group],
-        "sparse, ms": [_milliseconds(row["ms"]) for row in group],
-        "of it kernel, ms": [_milliseconds(row["kernel_ms"]) for row in group],
+        "dense, ms": [milliseconds(row["baseline_ms"]) for row in group],
+        "sparse, ms": [milliseconds(row["ms"]) for row in group],
+        "of it kernel, ms": [milliseconds(row["kernel_ms"]) for row in group],
         "dense : sparse": [f"{row['baseline_ms'] / row['ms']:.2f}" for row in group],
         "kernel's rate : dense's": [
             f"{row['tflops_kept'] / row['tflops_baseline']:.2f}" if row["tflops_baseline"] else "" for row in group
@@ -185,7 +187,8 @@ def _tiles(sizes: str | None) -> str:
     return " x ".join(sizes.split("x")[:2]) if sizes else ""
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
+    """With three digits or more."""
     if value is None:
         return ""
     return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}"
