@@ -36,7 +36,8 @@ class SparseLayout(NamedTuple):
       columns: int32 [B, N, C]. Key positions, ascending, then FAR.
       column_counts: int32 [B, N]. Used entries of ``columns``.
       windows: int32 [B, N]. Pairs in slash blocks count only at distances below this (FAR: no bound); it makes the
-        window of an A-shape exact to the token. Negative: the head can't be honoured, and its output is NaN.
+        window of an A-shape exact to the token. FAR for heads with listed blocks. Negative: the head can't be honoured,
+        and its output is NaN.
       block_ids: int32 [B, N, Tq, C]. Listed blocks, ascending, then FAR.
       block_counts: int32 [B, N, Tq]. Used entries of ``block_ids``.
     """
@@ -157,7 +158,8 @@ def listed_counts(layout: SparseLayout, starts: Array, kv_len: Array, tiles: Til
     starts: int32 [B, Tq], of the tiles. kv_len: int32 [B].
     """
     starts = starts[:, None]
-    total = jnp.where(starts < kv_len[:, None, None], layout.block_counts, 0)
+    counts = jnp.minimum(layout.block_counts, layout.block_ids.shape[-1])  # a head that asks for more is not honoured
+    total = jnp.where(starts < kv_len[:, None, None], counts, 0)
     seen = layout.block_ids < ((starts + 1) // tiles.block_kv)[..., None]  # by every row, as by the first
     return jnp.minimum(seen.sum(axis=-1, dtype=jnp.int32), total), total
 

@@ -18,8 +18,10 @@ from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, Columns
 
 CHUNK = 64
 """Of head_dim, in one swizzled row of 128 bytes."""
-COMPUTE, PRODUCER = 2, 2
-"""Warpgroups that compute, and the one that brings keys and values."""
+COMPUTE = 2
+"""Warpgroups that compute."""
+PRODUCER = 2
+"""The number of the warpgroup that brings keys and values, behind those that compute."""
 REGISTERS = (240, 24)
 """Of a thread that computes, and of one that brings: in all no more than three times 168, with which they start."""
 
@@ -47,7 +49,7 @@ class Program(NamedTuple):
     """What one program works on.
 
     Attributes:
-      q, k, v, out, lse: refs to device memory, as in ``sparse_mosaic_gpu.attention``; lse [B, N, T].
+      q, k, v, out, lse: refs to device memory, as in ``sparse_mosaic_gpu.attention``; lse [B, N, T], T in whole tiles.
       inputs: ``Inputs`` of refs to the rest.
       held: refs to shared memory and barriers by name.
       group_size: query heads of a KV head. scale: positive, in units of log 2. tiles: of the layout.
@@ -66,7 +68,7 @@ class Program(NamedTuple):
 
     @property
     def place(self) -> tuple[Array, Array, Array]:
-        """Sequence, head and tile; the longest tiles come first."""
+        """Sequence, head and tile; of a head the longest tiles come first."""
         sequence, head, turn = (lax.axis_index(name) for name in ("sequence", "head", "tile"))
         return sequence, head, self.lse.shape[2] // WHOLE - 1 - turn
 
@@ -96,7 +98,8 @@ class Part(NamedTuple):
     Attributes:
       split: each warpgroup uses its own half; else both use all keys.
       bounds: () -> int32 (near, inside, end), as ``Steps.bounds`` of this tile.
-      start: (place in the list, half) -> where the keys of that half begin in the sequence, or in the columns.
+      start: (place in the list, half) -> where the keys of that half begin in the sequence, or in the columns. Halves
+        that both warpgroups use lie side by side.
       of_columns: the keys are columns, and all steps need a mask.
     """
 
@@ -193,7 +196,7 @@ def _bring(program: Program, part: Part, place: Array, number: Array) -> None:
     inputs, held = program.inputs, program.held
     sequence, head, tile = program.place
     slot = program.slot(number)
-    starts = [part.start(place, half) for half in range(2)]
+    starts = [part.start(place, half) for half in range(COMPUTE)]
     if part.of_columns:
         k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
     else:

@@ -1,9 +1,9 @@
 """Dense and sparse attention as one Pallas kernel, lowered through Mosaic GPU: NVIDIA GPUs of the Hopper generation.
 
 What a program does stands in ``program_mosaic_gpu`` and ``warpgroup_mosaic_gpu``, and what its steps are in
-``warpgroup_steps``. The copy engine
-brings rows from any place: keys and values are copied into shared memory that is swizzled, not tiled, 64 of head_dim at
-a time, and read as tiles of the very same bytes. So a slash costs no more keys than it has.
+``warpgroup_steps``. The copy engine brings rows from any place: keys and values are copied into shared memory that is
+swizzled, not tiled, 64 of head_dim at a time, and read as tiles of the very same bytes. So a slash costs no more keys
+than it has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, list
 def dense(
     q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array, tiles: TileConfig
 ) -> tuple[Array, Array]:
-    """Causal attention of a query chunk over a cache; arguments and results as in ``attention``."""
+    """Causal attention of a query chunk over a cache; arguments and results as in ``attention``.
+
+    Blocks are 128 queries by 128 keys, whatever ``tiles`` says of them.
+    """
     tiles = TileConfig(block_q=WHOLE, block_kv=WHOLE, num_stages=tiles.num_stages)
     layout = everything(q.shape[0], q.shape[2], q.shape[1], k.shape[1], tiles)
     return attention(q, k, v, layout, scale=scale, q_offset=q_offset, kv_len=kv_len, tiles=tiles)
@@ -59,12 +62,14 @@ def attention(
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
 
     Raises:
-      NotImplementedError: fewer than 64 queries, or room for fewer than 64 keys.
+      NotImplementedError: fewer than 64 queries, room for fewer than 64 keys, or for so many columns that what says
+        which queries count each of them takes more memory than keys and values.
     """
     batch, q_len, num_heads, head_dim = q.shape
     kv_capacity = k.shape[1]
     if min(q_len, kv_capacity) < HALF:
         raise NotImplementedError(f"it needs {HALF} queries and keys, not {q_len} and {kv_capacity}")
+    _check_columns(q, k, layout)
     sign = (scale > 0) - (scale < 0)  # the softmax wants a positive scale
     q = q if sign == 1 else q * sign
     v = jax.vmap(valid_rows)(v, kv_len)
@@ -104,6 +109,16 @@ def attention(
     return out, lse.swapaxes(1, 2)
 
 
+def _check_columns(q: Array, k: Array, layout: SparseLayout) -> None:
+    capacity = layout.columns.shape[-1]
+    table = capacity * q.shape[0] * q.shape[2] * -(-q.shape[1] // HALF) * 2  # bytes
+    if table > 2 * k.size * k.dtype.itemsize:
+        raise NotImplementedError(
+            f"for {capacity} columns it needs {table} bytes, more than keys and values: set max_num_columns to what "
+            "heads ask for"
+        )
+
+
 def _inputs(k, v, layout: SparseLayout, *, q_offset, kv_len, q_len: int, tiles: TileConfig) -> Inputs:
     where: dict[str, Any] = {"q_offset": q_offset, "kv_len": kv_len, "q_len": q_len, "tiles": tiles}
     whole, split = slash_steps(layout, **where)
@@ -125,6 +140,8 @@ def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool) -> dict[st
         """Memory that the copy engine reaches row by row, and matrix products as tiles of the same bytes."""
         return plgpu.RefUnion(*(plgpu.SMEM(shape, dtype, transforms=form) for form in (raw, tiled)))
 
+    # Warpgroups take turns at the tensor cores: one token goes from ``turn`` to ``turn``, and warpgroup 0 has it first.
+    # "k_free" frees "first", too.
     def barrier(arrivals: int, count: int = stages) -> plgpu.Barrier:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 

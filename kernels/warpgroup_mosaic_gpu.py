@@ -93,7 +93,7 @@ class Warpgroup(NamedTuple):
         plgpu.barrier_wait(held["q_here"].at[self.number])
 
     def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
-        """All steps of a part; it has the turn before and after."""
+        """All steps of a part. It has the turn before and after, so the first step does not wait for it."""
         has_any = jnp.minimum(order.end, 1)
         has_masked = jnp.minimum(order.masked, 1)
 

@@ -35,6 +35,7 @@ class Steps(NamedTuple):
 
     Attributes:
       starts: int32 [B, N, C, 2], where the keys of each half begin, relative to the tile's first query; -FAR behind.
+        In whole steps the second half begins where the first ends.
       bounds: int32 [B, N, Tq, 3], places in a tile's list: steps before the first and from the second to the third need
         a mask, those between need none, those from the third on are not taken.
     """

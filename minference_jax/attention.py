@@ -171,8 +171,9 @@ def sparse_attention(
       max_num_blocks: static capacity of a block-sparse head's lists, in blocks of 64 keys; each query tile of each
         head takes so many integers. None = what the pattern needs, 128 where it is traced; 0 = no head is block-sparse.
       max_num_columns: static capacity of a head's verticals or sinks, in tokens; GPU kernels copy so many keys and
-        values per head. None = what the pattern needs, S where it is traced. Heads that ask for more than a capacity,
-        and kinds and sizes that make no sense, are refused; where they are traced, the head's output is NaN.
+        values per head. None = what the pattern needs, S where it is traced, for which `mosaic_gpu` takes too much
+        memory. Heads that ask for more than a capacity, and kinds and sizes that make no sense, are refused; where
+        they are traced, the head's output is NaN.
       scale: multiplies the scores; None = 1 / sqrt(H).
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.

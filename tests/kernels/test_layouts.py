@@ -11,6 +11,7 @@ from minference_jax.kernels.layouts import (
     computed_keys,
     density,
     layout_mask,
+    listed_counts,
     make_dense,
     slash_offsets,
     tile_mask,
@@ -100,6 +101,14 @@ def test_listed_blocks_belong_to_their_tile_only():
     i, j = np.mgrid[:SIZE, :SIZE]
     expected = np.array([[b in blocks[t] for b in range(7)] for t in range(7)])[i // 64, j // 64] & (j <= i)
     np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_tile_reads_no_more_blocks_than_its_list_has_room_for():
+    layout = layout_of(blocks=[[0], [0, 1], [2], [1, 3], [4], [0, 5], [6]])
+    asked = layout._replace(block_counts=jnp.full_like(layout.block_counts, 30))
+    starts = jnp.arange(7)[None] * 64
+    _, total = listed_counts(asked, starts, jnp.asarray([SIZE]), TileConfig())
+    np.testing.assert_array_equal(total, np.full((1, 1, 7), layout.block_ids.shape[-1]))
 
 
 def test_padding_rows_and_keys_are_never_attended():

@@ -12,7 +12,7 @@ from tolerances import LSE, kernel_bound
 from minference_jax import attention, implementations
 from minference_jax.index import build_layout
 from minference_jax.kernels import reference
-from minference_jax.kernels.layouts import layout_mask
+from minference_jax.kernels.layouts import SparseLayout, layout_mask
 from minference_jax.kernels.tiles import Device, TileConfig, check_mosaic_gpu_tiles, mosaic_gpu_tiles
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, PatternArrays, VerticalSlash
 
@@ -43,11 +43,16 @@ CASES = {
     "one KV head": {"K": 1},
     "a KV head for each": {"K": 8},
     "block diagonals": {"T": 1500, "slash_granularity": "block"},
+    "block diagonals, tiles of 128": {"T": 1500, "slash_granularity": "block", "size": 128},
+    "no listed blocks": {"listed": False},
+    "a sequence without keys": {"B": 2, "kv_len": [0, 1000], "T": 1000},
+    "float16": {"dtype": "float16"},
 }
 
 
-def patterns():
-    table = ModelPatterns(layers=(HEADS,), source="a test").arrays()
+def patterns(listed=True):
+    heads = [head if listed or not isinstance(head, BlockSparse) else HEADS[0] for head in HEADS]
+    table = ModelPatterns(layers=(tuple(heads),), source="a test").arrays()
     return PatternArrays(*(jnp.asarray(x[0]) for x in table))
 
 
@@ -63,7 +68,7 @@ def test_kernel_computes_exactly_what_its_layout_keeps(name):
     case = dict(CASES[name])
     size, scale = case.pop("size", 64), case.pop("scale", 0.1)
     how = {"slash_granularity": case.pop("slash_granularity", "line")}
-    kv_len, q_offset = case.pop("kv_len", None), case.pop("q_offset", 0)
+    kv_len, q_offset, listed = case.pop("kv_len", None), case.pop("q_offset", 0), case.pop("listed", True)
     q, k, v = make(**case)
     batch, kv_capacity = k.shape[:2]
     where = {
@@ -72,8 +77,8 @@ def test_kernel_computes_exactly_what_its_layout_keeps(name):
         "tiles": dataclasses.replace(mosaic_gpu_tiles(H100, q.shape[3], 2), block_q=size, block_kv=size),
     }
     (entry,) = implementations.named("mosaic_gpu")
-    how |= {"max_num_blocks": 128, "max_num_columns": kv_capacity, "kernels": entry.estimate}
-    layout = jax.jit(functools.partial(build_layout, scale=scale, **where, **how))(q, k, patterns())
+    how |= {"max_num_blocks": 128 if listed else 0, "max_num_columns": kv_capacity, "kernels": entry.estimate}
+    layout = jax.jit(functools.partial(build_layout, scale=scale, **where, **how))(q, k, patterns(listed))
     is_padding = (jnp.arange(kv_capacity) >= where["kv_len"][:, None])[..., None, None]
     with_nan = [jnp.where(is_padding, jnp.nan, x) for x in (k, v)]
     run = jax.jit(functools.partial(entry.sparse, scale=scale, **where))
@@ -100,6 +105,20 @@ def test_it_is_what_hopper_takes_and_a_head_that_cannot_be_honoured_is_nan():
     np.testing.assert_array_equal(np.isnan(out).all(axis=(0, 1, 3)), is_bad)
     np.testing.assert_array_equal(np.isnan(out).any(axis=(0, 1, 3)), is_bad)
     np.testing.assert_array_equal(out, chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", [{}, {"q_offset": [200, 0], "kv_len": [700, 333]}])
+def test_dense_attention_is_the_oracles(where):
+    q, k, v = make(T=500, S=700, B=2)
+    where = {"q_offset": [200, 200], "kv_len": [700, 700]} | where
+    given = {name: jnp.asarray(value, jnp.int32) for name, value in where.items()}
+    run = functools.partial(attention.dense_attention, return_lse=True, scale=0.1, **given)
+    out, lse = run(q, k, v, implementation="mosaic_gpu")
+    plain, _ = run(q, k, v, implementation="xla")
+    expected, expected_lse = run(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="xla")
+    assert np.abs(out.astype(jnp.float32) - expected).max() <= kernel_bound(plain, expected, q.dtype)
+    np.testing.assert_allclose(lse, expected_lse, rtol=LSE, atol=LSE)
 
 
 @pytest.mark.gpu
@@ -132,6 +151,18 @@ def test_fewer_queries_than_a_warpgroup_takes_are_declined():
     where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, 200), "tiles": TileConfig()}
     with pytest.raises(NotImplementedError, match="needs 64 queries and keys, not 63 and 200"):
         entry.dense(q, k, v, scale=1.0, **where)
+
+
+def test_room_for_more_columns_than_memory_should_hold_is_declined():
+    shapes = [jax.ShapeDtypeStruct((1, 131072, heads, 128), jnp.bfloat16) for heads in (32, 8, 8)]
+    (entry,) = implementations.named("mosaic_gpu")
+    heads, of_tiles = (1, 32), (1, 32, 2048)
+    sizes = {"offsets": (*heads, 2051), "offset_counts": heads, "columns": (*heads, 131072), "column_counts": heads}
+    sizes |= {"windows": heads, "block_ids": (*of_tiles, 0), "block_counts": of_tiles}
+    layout = SparseLayout(**{name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in sizes.items()})
+    where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, 131072), "tiles": TileConfig(num_stages=3)}
+    with pytest.raises(NotImplementedError, match="for 131072 columns it needs 17179869184 bytes, more than keys"):
+        jax.eval_shape(functools.partial(entry.sparse, scale=1.0, **where), *shapes, layout)
 
 
 @pytest.mark.parametrize(
