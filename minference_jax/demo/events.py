@@ -32,32 +32,45 @@ class Events:
         service: behind the page.
         folder: where uploads lie.
         forget: drops what Gradio keeps of a visitor.
+        forget_silent: does so for all who have not listened for a while.
     """
 
-    def __init__(self, gr: Any, service: Service, folder: Path, forget: Callable[[str], None]):
-        self._gr, self._service, self._folder, self._forget = gr, service, folder, forget
+    def __init__(
+        self,
+        gr: Any,
+        service: Service,
+        folder: Path,
+        forget: Callable[[str], None],
+        forget_silent: Callable[[], None],
+    ):
+        self._gr, self._service, self._folder = gr, service, folder
+        self._forget, self._forget_silent = forget, forget_silent
         for handler in (Events.run, Events.inspect, Events.example, Events.cancel, Events.leave):
             handler.__annotations__["request"] = gr.Request  # what tells Gradio to pass one
 
     async def run(self, request: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        """Yields status, both buttons, numbers, answers, details and the plot."""
+        """Yields status, both buttons, numbers, answers, details, the plot and the map, which is of the run before."""
         skip = self._gr.skip()
+        nothing = (
+            views.numbers(None, 0.0),
+            views.answers(None),
+            views.details(None, no_energy=self._service.counter.reason),
+        )
         submit = self._service.submit_run
         async for status, job in self._follow(lambda visitor: submit(visitor, _request(values)), request):
             state = job.state if job is not None else None
             if not isinstance(state, RunState):
-                yield (*status, *(4 * [skip]))
+                yield (*status, *(5 * [skip] if job is None else [*nothing, skip, ""]))
                 continue
             numbers, rest = views.numbers(state, time.monotonic()), (views.answers(state), skip, skip)
             if state.comparison is not None and job is not None and job.done:
                 rest = await asyncio.to_thread(self._end, state, str(values[0]))
-            yield (*status, numbers, *rest)
+            yield (*status, numbers, *rest, skip)
 
     def _end(self, state: RunState, model: str) -> tuple[Any, Any, Any]:
         """Answers, details and the plot of a run that is over."""
-        plot = views.picture(
-            history_picture(self._service.history.of(model)), "seconds of a prefill against tokens of the prompt"
-        )
+        picture = history_picture(self._service.history.of(model))
+        plot = views.picture(picture, "seconds of a prefill against tokens of the prompt") or self._gr.skip()
         return views.answers(state), views.details(state, no_energy=self._service.counter.reason), plot
 
     async def inspect(self, request: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
@@ -67,7 +80,7 @@ class Events:
         async for status, job in self._follow(lambda visitor: submit(visitor, _request(own), layer, head), request):
             state = job.state if job is not None else None
             over = isinstance(state, InspectState) and bool(state.picture)
-            yield (*status, views.inspection(state) if over else self._gr.skip())
+            yield (*status, views.inspection(state) if over else self._gr.skip() if job is None else "")
 
     async def example(self, request: Any, model: Any, length: Any, depth: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Yields status, both buttons, text and question."""
@@ -83,12 +96,12 @@ class Events:
         """Gives status and text; the file is gone then."""
         if not is_inside(path, self._folder):
             return views.note("There is no such upload here.", "bad"), self._gr.skip()
+        self._forget_silent()
         try:
             raw = Path(path).read_bytes()
-        except FileNotFoundError:
+            Path(path).unlink()
+        except OSError:
             return views.note("The upload is gone: please upload the file again.", "bad"), self._gr.skip()
-        finally:
-            Path(path).unlink(missing_ok=True)
         try:
             text = read_upload(raw, Path(path).name, max_characters=self._service.settings.max_characters)
         except Refused as error:
@@ -118,6 +131,7 @@ class Events:
         free = button(interactive=True), button(interactive=False)
         busy = button(interactive=False), button(interactive=True)
         visitor = request.session_hash
+        self._forget_silent()
         try:
             job = await asyncio.to_thread(submit, visitor)  # tokenizes
         except Refused as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from minference_jax.demo.jobs import Job
 from minference_jax.demo.plots import head_picture
 from minference_jax.demo.settings import Refused, Settings
-from minference_jax.generate import LanguageModel
+from minference_jax.generate import LanguageModel, bucket_length
 from minference_jax.generate.streaming import decode_text
 from minference_jax.inspection import inspect_attention
 from minference_jax.measure import ChosenAttention, Prompt
@@ -65,13 +65,17 @@ def run_inspection(
 
     Raises:
         Cancelled: between two layers.
-        Refused: no such layer or head.
+        Refused: no such layer or head; `auto` takes dense attention.
         ValueError, NotImplementedError, MemoryError: as in `inspect_attention`.
     """
     layer, head = place
     layers, heads = model.config.num_layers, model.config.num_heads
     if not (0 <= layer < layers and 0 <= head < heads):
         raise Refused(f"The model has layers 0 to {layers - 1} with heads 0 to {heads - 1}.")
+    if attention.name == "auto":
+        least = model.pays_from(implementation=settings.implementation)
+        if least is None or bucket_length(len(prompt.tokens)) < least:
+            raise Refused("At this length auto takes dense attention, which leaves nothing out: choose another one.")
     job.state = InspectState(layer, head)
 
     def progress(done: int, total: int, name: str) -> None:

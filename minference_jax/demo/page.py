@@ -58,8 +58,14 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
 
     def forget(visitor: str) -> None:
         page.state_holder.session_data.pop(visitor, None)
+        page._queue.pending_messages_per_session.pop(visitor, None)
 
-    events = Events(gr, service, folder, forget)
+    def forget_silent() -> None:
+        for visitor in list(page._queue.pending_messages_per_session):
+            if service.visitors.is_silent(visitor):
+                forget(visitor)
+
+    events = Events(gr, service, folder, forget, forget_silent)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(30, 60), fill_width=False) as page:
         gr.HTML(_intro(service, device), padding=False)
         with gr.Row():
@@ -85,11 +91,12 @@ def build_page(service: Service, attention: ChosenAttention, example: Example, d
         outputs = [status, start, cancel]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         on_device = hidden | {"concurrency_limit": None, "trigger_mode": "once"}
-        start.click(events.run, inputs.flat(), [*outputs, numbers, answers, details, history], **on_device)
+        start.click(events.run, inputs.flat(), [*outputs, numbers, answers, details, history, kept], **on_device)
         inspect.click(events.inspect, [*inputs.flat(), *place], [*outputs, kept], **on_device)
         length, depth, make, upload = example_inputs
         texts = [inputs.text, inputs.question]
-        make.click(events.example, [inputs.model, length, depth], [*outputs, *texts], **on_device)
+        one_at_a_time = on_device | {"concurrency_limit": 1}  # they are made beside a run
+        make.click(events.example, [inputs.model, length, depth], [*outputs, *texts], **one_at_a_time)
         upload.upload(events.upload, upload, [status, inputs.text], concurrency_limit=2, **hidden)
         inputs.attention.change(events.attention, inputs.attention, [inputs.granularity, *inputs.sizes], **hidden)
         cancel.click(events.cancel, None, status, queue=False, **hidden)
@@ -129,9 +136,7 @@ def _inputs(gr: Any, service: Service, attention: ChosenAttention, example: Exam
         given = {} if attention.pattern is None else vars(attention.pattern)
         own = default_sizes(attention.name)
         sizes = tuple(
-            gr.Number(
-                given.get(size, _default(size)), label=_SIZE_LABELS[size], precision=0, minimum=1, visible=size in own
-            )
+            gr.Number(given.get(size, _default(size)), label=_SIZE_LABELS[size], precision=0, visible=size in own)
             for size in SIZES
         )
     return Inputs(model, text, question, name, granularity, sizes), (length, depth, make, upload)

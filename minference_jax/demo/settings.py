@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MAX_UPLOAD_BYTES = 8_000_000
@@ -65,7 +66,8 @@ class Settings:
     def check_tokens(self, count: int) -> None:
         """Raises Refused where a prompt has too many tokens."""
         if count > self.max_prompt_tokens:
+            percent = math.ceil(100 * (1 - self.max_prompt_tokens / count))
             raise Refused(
                 f"The text with its question has {count:,} tokens, and this demo reads at most "
-                f"{self.max_prompt_tokens:,}: shorten the text by about {1 - self.max_prompt_tokens / count:.0%}."
+                f"{self.max_prompt_tokens:,}: shorten the text by about {percent}%."
             )

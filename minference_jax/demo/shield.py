@@ -36,6 +36,7 @@ _GET = re.compile(
 )
 _POST = re.compile(r"/gradio_api/(queue/join|run/predict|upload|cancel|reset)/?")
 _STREAM = "/gradio_api/queue/data"  # on which a page hears what happens to its events
+_EVENT = "/gradio_api/queue/join"
 _STRAY_SECONDS = 60
 
 
@@ -75,21 +76,22 @@ class Shield:
     async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
         allowed = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(scope["method"])
         if allowed is None or not allowed.fullmatch(scope["path"]):
-            await _say(send, 404, b"There is no such page here.")
+            await _say(send, scope, 404, "There is no such page here.")
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body:
-            await _say(send, 413, b"The request is too large.")
+            await _say(send, scope, 413, "This is more text than the demo reads: shorten it.")
             return
         is_upload = "/upload" in scope["path"] and scope["method"] == "POST"
         if is_upload and await asyncio.to_thread(self._is_full):
-            await _say(send, 503, b"Too many uploads at once: please try again in a minute.")
+            await _say(send, scope, 503, "Too many uploads at once: please try again in a minute.")
             return
         received = self._counted(receive)
         if scope["method"] == "POST" and not is_upload:
             body = await _whole(received)
             if body is None or not await asyncio.to_thread(self._brings_own_files_only, body):
-                await _say(send, 400, b"The request is broken, too large, or names a file that was not uploaded here.")
+                said = "The request is broken, too large, or names a file that was not uploaded here."
+                await _say(send, scope, 400, said)
                 return
             received = _again(body, receive)
 
@@ -141,17 +143,24 @@ class Shield:
 
 
 def is_inside(path: Any, folder: Path) -> bool:
-    """Whether this is the path of something in a folder."""
-    return isinstance(path, str) and "\0" not in path and folder.resolve() in Path(path).resolve().parents
+    """Whether this is the path of a file in a folder, which may be gone by now."""
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    found = Path(path).resolve()
+    return folder.resolve() in found.parents and not found.is_dir()
 
 
 def remove_strays(folder: Path) -> None:
-    """Removes what lies right in the folder: Gradio moves whole uploads further down, and keeps what was broken off."""
-    for path in folder.iterdir():
+    """Removes what has lain in the folder for a minute: uploads broken off or never read, and folders left empty."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
         try:
-            if path.is_file() and time.time() - path.stat().st_mtime > _STRAY_SECONDS:  # newer ones may be in use
+            if time.time() - path.stat().st_mtime < _STRAY_SECONDS:  # it may be in use
+                continue
+            if not path.is_dir():
                 path.unlink()
-        except FileNotFoundError:  # another request was faster
+            elif not any(path.iterdir()):
+                path.rmdir()
+        except OSError:  # another request was faster
             continue
 
 
@@ -184,7 +193,10 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _say(send: Send, status: int, text: bytes) -> None:
-    headers = [(b"content-type", b"text/plain"), *HEADERS.items()]
+async def _say(send: Send, scope: Message, status: int, text: str) -> None:
+    """A sentence, in the form in which Gradio's page shows it: of an event an object, of an upload the text."""
+    is_event = scope["path"].startswith(_EVENT)
+    body, kind = (json.dumps({"detail": text}), b"application/json") if is_event else (text, b"text/plain")
+    headers = [(b"content-type", kind), *HEADERS.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text})
+    await send({"type": "http.response.body", "body": body.encode()})

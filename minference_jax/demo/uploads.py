@@ -38,7 +38,7 @@ def read_upload(raw: bytes, name: str, *, max_characters: int) -> str:
     suffix = Path(name.replace("\\", "/")).suffix.lower()
     if suffix not in SUFFIXES:
         raise Refused(f"The file's name must end in one of {', '.join(SUFFIXES)}.")
-    is_pdf = b"%PDF-" in raw[:1024]
+    is_pdf = b"%PDF-" in raw[:1024] if suffix == ".pdf" else raw.lstrip().startswith(b"%PDF-")
     if is_pdf != (suffix == ".pdf"):
         raise Refused(f"The content of the file is not what its name, ending in {suffix}, says.")
     text = _pdf(raw, max_characters) if is_pdf else _plain(raw, max_characters)

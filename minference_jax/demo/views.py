@@ -58,7 +58,7 @@ def _why_slower(state: RunState) -> str:
     found, least = state.comparison, state.pays_from
     if found is None or (found.density is not None and found.speedup >= 1):
         return ""
-    why = "Sparse is slower here: choosing keys costs more than leaving out the others saves."
+    why = "Sparse is slower here: what it takes to leave keys out is more than that saves."
     if found.density is None:
         why = "Dense attention ran twice: sparse attention is not expected to pay at this length."
     if least is None:

@@ -1,11 +1,15 @@
-"""Which visitors listen: whose page has a connection open on which it hears what happens."""
+"""Which visitors listen: whose page has a connection open on which it hears what happens, and who fell silent."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SILENCE = 30.0
+"""Seconds without a connection after which a visitor is taken to be gone."""
 
 
 class Visitors:
@@ -13,6 +17,7 @@ class Visitors:
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
+        self._silent_since: dict[str, float] = {}  # of those who were asked for
         self._guard = threading.Lock()
 
     @contextmanager
@@ -27,6 +32,18 @@ class Visitors:
                 self._open[visitor] -= 1
                 if not self._open[visitor]:
                     del self._open[visitor]
+
+    def is_silent(self, visitor: str) -> bool:
+        """Whether a visitor has had no such connection since this was first asked, if that was a while ago."""
+        with self._guard:
+            if visitor in self._open:
+                self._silent_since.pop(visitor, None)
+                return False
+            since = self._silent_since.setdefault(visitor, time.monotonic())
+            if time.monotonic() - since < SILENCE:
+                return False
+            del self._silent_since[visitor]
+            return True
 
     def listens(self, visitor: str) -> bool:
         """Whether a visitor has such a connection."""

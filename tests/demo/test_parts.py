@@ -18,7 +18,7 @@ from minference_jax.cli import main
 from minference_jax.demo import energy, needle, views
 from minference_jax.demo.plots import History, Point, history_picture
 from minference_jax.demo.runs import RunState, Side, first_attention
-from minference_jax.demo.shield import Shield, is_inside
+from minference_jax.demo.shield import Shield, is_inside, remove_strays
 from minference_jax.demo.visitors import Visitors
 from minference_jax.measure import Answer, Comparison, attention_of
 
@@ -65,7 +65,7 @@ def test_numbers_are_dashes_then_run_then_stand():
 
 def test_page_says_why_sparse_is_slower_and_from_which_length_it_pays():
     slow = replace(STATE, comparison=replace(FOUND, sparse=FOUND.dense, dense=FOUND.sparse), pays_from=16384)
-    assert "slower here: choosing keys costs more" in views.numbers(slow, 0.0)
+    assert "slower here: what it takes to leave keys out" in views.numbers(slow, 0.0)
     assert "pays from about 16,384 tokens on this device" in views.numbers(slow, 0.0)
     assert "rule of thumb" not in views.numbers(replace(slow, pays_from=4000), 0.0)
     assert "not expected to pay at any length" in views.numbers(replace(slow, pays_from=None), 0.0)
@@ -180,12 +180,12 @@ def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), ch
     visitors = Visitors() if visitors is None else visitors
     shield = Shield(app, max_body=100, folder=folder, max_folder=50, visitors=visitors)
     asyncio.run(shield(scope, receive, send))
-    return sent[0]["status"], b"".join(got), dict(sent[0]["headers"])
+    return sent[0]["status"], b"".join(got), dict(sent[0]["headers"]), sent[-1].get("body")
 
 
 def test_shield_bounds_bodies_and_uploads_and_keeps_the_page_at_home(tmp_path):
     upload = {"path": "/gradio_api/upload"}
-    status, body, headers = asks(tmp_path, chunks=[b"a" * 50, b"b" * 50], **upload)
+    status, body, headers, _ = asks(tmp_path, chunks=[b"a" * 50, b"b" * 50], **upload)
     assert (status, len(body)) == (200, 100)
     assert b"default-src 'self'" in headers[b"content-security-policy"]
     for said in (b"101", b"-1", b"many"):
@@ -201,6 +201,35 @@ def test_shield_bounds_bodies_and_uploads_and_keeps_the_page_at_home(tmp_path):
     os.utime(lies_about, (0, 0))  # broken off long ago
     assert asks(tmp_path, **upload)[0] == 200
     assert not lies_about.exists()
+
+
+def test_what_lies_in_the_folder_goes_after_a_minute_at_any_depth(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("a")
+    for path in (tmp_path / "old" / "a.txt", tmp_path / "old"):
+        os.utime(path, (0, 0))
+    remove_strays(tmp_path)
+    os.utime(tmp_path / "old", (0, 0))
+    remove_strays(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "new"]
+
+
+def test_refusals_are_sentences_that_the_page_can_show(tmp_path):
+    too_long = {"folder": tmp_path, "headers": [(b"content-length", b"101")]}
+    _, _, headers, said = asks(**too_long, path="/gradio_api/queue/join")
+    assert headers[b"content-type"] == b"application/json"
+    assert json.loads(said) == {"detail": "This is more text than the demo reads: shorten it."}
+    assert asks(**too_long, path="/gradio_api/upload")[3] == b"This is more text than the demo reads: shorten it."
+
+
+def test_visitors_who_do_not_listen_for_a_while_are_silent(monkeypatch):
+    visitors = Visitors()
+    assert not visitors.is_silent("one")  # from now on
+    monkeypatch.setattr("minference_jax.demo.visitors.SILENCE", 0.0)
+    with visitors.listening("one"):
+        assert not visitors.is_silent("one")
+    assert visitors.is_silent("one")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +274,7 @@ def test_shield_tells_who_listens_while_the_stream_is_open(tmp_path):
 def test_files_that_were_not_uploaded_here_are_refused(tmp_path):
     folder = tmp_path / "uploads"
     (folder / "1").mkdir(parents=True)
-    for path in ("http://a.example/b", "/etc/passwd", str(folder / ".." / "b"), 3, str(folder)):
+    for path in ("http://a.example/b", "/etc/passwd", str(folder / ".." / "b"), 3, str(folder), str(folder / "1")):
         body = json.dumps({"data": [{"x": {"path": path}}]}).encode()
         assert asks(folder, chunks=[body])[0] == 400
         assert not is_inside(path, folder)
