@@ -266,7 +266,7 @@ def test_prefill_and_generate_say_what_was_chosen_and_why(run, model, tmp_path, 
     folder = make_folder(tmp_path, QWEN2)
     options = ("--model", model, "--prompt", "hello", "--pattern", folder, "--max-new-tokens", 2)
     said = f"{folder / QWEN2}, because the model is called Qwen2-7B-Instruct"
-    answer = measure.Answer(implementation="xla", compile_seconds=None, seconds=(1.0,), result=None, tokens=(), text="")
+    answer = measure.Answer(implementation="xla", compile_seconds=None, seconds=(1.0,), tokens=(), text="")
     comparison = measure.Comparison(
         dense=answer,
         sparse=answer,
