@@ -63,13 +63,13 @@ def attention(
 
     Raises:
       NotImplementedError: fewer than 64 queries, room for fewer than 64 keys, or for so many columns that what says
-        which queries count each of them takes more memory than keys and values.
+        which queries count each of them takes more memory than queries and output.
     """
     batch, q_len, num_heads, head_dim = q.shape
     kv_capacity = k.shape[1]
     if min(q_len, kv_capacity) < HALF:
         raise NotImplementedError(f"it needs {HALF} queries and keys, not {q_len} and {kv_capacity}")
-    _check_columns(q, k, layout)
+    _check_columns(q, layout)
     sign = (scale > 0) - (scale < 0)  # the softmax wants a positive scale
     q = q if sign == 1 else q * sign
     v = jax.vmap(valid_rows)(v, kv_len)
@@ -109,12 +109,12 @@ def attention(
     return out, lse.swapaxes(1, 2)
 
 
-def _check_columns(q: Array, k: Array, layout: SparseLayout) -> None:
+def _check_columns(q: Array, layout: SparseLayout) -> None:
     capacity = layout.columns.shape[-1]
     table = capacity * q.shape[0] * q.shape[2] * -(-q.shape[1] // HALF) * 2  # bytes
-    if table > 2 * k.size * k.dtype.itemsize:
+    if table > 2 * q.size * q.dtype.itemsize:
         raise NotImplementedError(
-            f"for {capacity} columns it needs {table} bytes, more than keys and values: set max_num_columns to what "
+            f"for {capacity} columns it needs {table} bytes, more than queries and output: set max_num_columns to what "
             "heads ask for"
         )
 

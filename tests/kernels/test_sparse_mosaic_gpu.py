@@ -153,16 +153,31 @@ def test_fewer_queries_than_a_warpgroup_takes_are_declined():
         entry.dense(q, k, v, scale=1.0, **where)
 
 
-def test_room_for_more_columns_than_memory_should_hold_is_declined():
-    shapes = [jax.ShapeDtypeStruct((1, 131072, heads, 128), jnp.bfloat16) for heads in (32, 8, 8)]
+def traced_with_room_for(num_columns, num_kv_heads):
+    """The shapes that attention of 32 heads gives at 128K tokens."""
+    shapes = [jax.ShapeDtypeStruct((1, 131072, heads, 128), jnp.bfloat16) for heads in (32, *(2 * [num_kv_heads]))]
     (entry,) = implementations.named("mosaic_gpu")
     heads, of_tiles = (1, 32), (1, 32, 2048)
-    sizes = {"offsets": (*heads, 2051), "offset_counts": heads, "columns": (*heads, 131072), "column_counts": heads}
+    sizes = {
+        "offsets": (*heads, 2051),
+        "offset_counts": heads,
+        "columns": (*heads, num_columns),
+        "column_counts": heads,
+    }
     sizes |= {"windows": heads, "block_ids": (*of_tiles, 0), "block_counts": of_tiles}
     layout = SparseLayout(**{name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in sizes.items()})
     where = {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, 131072), "tiles": TileConfig(num_stages=3)}
-    with pytest.raises(NotImplementedError, match="for 131072 columns it needs 17179869184 bytes, more than keys"):
-        jax.eval_shape(functools.partial(entry.sparse, scale=1.0, **where), *shapes, layout)
+    return jax.eval_shape(functools.partial(entry.sparse, scale=1.0, **where), *shapes, layout)
+
+
+def test_room_for_more_columns_than_memory_should_hold_is_declined():
+    with pytest.raises(NotImplementedError, match="for 131072 columns it needs 17179869184 bytes, more than queries"):
+        traced_with_room_for(131072, num_kv_heads=8)
+
+
+def test_columns_of_a_published_pattern_are_taken_with_one_kv_head():
+    out, lse = traced_with_room_for(3500, num_kv_heads=1)
+    assert (out.shape, lse.shape) == ((1, 131072, 32, 128), (1, 131072, 32))
 
 
 @pytest.mark.parametrize(
