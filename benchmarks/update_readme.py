@@ -51,12 +51,19 @@ def headline_table(records: list[dict[str, Any]]) -> str:
     }
     (device,) = {row["device"] for row in best.values()}
     note = (
-        "Attention of one layer, estimate and layout included: {} heads over {} KV heads, head_dim {}, {}; "
-        "vertical-slash with 1,000 verticals and 600 (to 32K), 2,048 (128K) or 6,096 slashes, the lists constructed: "
-        "97% or more of the slashes nearest. Dense is causal cuDNN in the same run."
-    ).format(*shape)
+        "Attention of one layer, estimate and layout included: {} heads over {} KV heads, head_dim {}, {}; the lists "
+        "of VS(verticals, slashes) are constructed: {}. Dense is causal cuDNN in the same run."
+    ).format(*shape, "; ".join(f"{name} ({places})" for name, places in _patterns(best).items()))
     where = f"{device}. Cases, densities, versions and commits: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     return "\n".join([head, "|" + " --- |" * 8, *lines, "", f"{note} {where}"])
+
+
+def _patterns(best: dict[tuple[int, str], dict[str, Any]]) -> dict[str, str]:
+    """Each pattern of the rows, and at which lengths it is theirs."""
+    lengths: dict[str, set[int]] = {}
+    for (length, _), row in sorted(best.items()):
+        lengths.setdefault(row["pattern"], set()).add(length)
+    return {name: ", ".join(f"{length:,}" for length in sorted(found)) for name, found in lengths.items()}
 
 
 def _of(row: dict[str, Any] | None, name: str) -> str:

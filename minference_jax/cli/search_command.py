@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
     _check_files(arguments, output, journal)
     # The old answer and its journal stay until the new ones are there; what is unfinished stands beside them.
-    begun = journal.with_name(f"{journal.name}.part") if output.exists() else journal
+    begun = _part(journal) if output.exists() else journal
     texts = None if arguments.prompt_file is None else [read_text(name) for name in arguments.prompt_file]
     model = load_model(arguments)
     prompts = _prompts(model, arguments, texts)
@@ -72,6 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written to {output}; what was compared is in {journal}")
 
 
+def _part(journal: Path) -> Path:
+    """Where the journal of an unfinished search stands while the old answer has its own."""
+    return journal.with_name(f"{journal.name}.part")
+
+
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuses options that would be read by nothing."""
     if arguments.prompt_file is None:
@@ -100,7 +105,7 @@ def _check_files(arguments: argparse.Namespace, output: Path, journal: Path) -> 
             raise ValueError(f"{path.parent} is no folder, so {path.name} can't be written there")
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"nothing can be written in {path.parent}: name a file elsewhere")
-    begun = journal.with_name(f"{journal.name}.part")
+    begun = _part(journal)
     read = [*(arguments.prompt_file or []), *([] if arguments.tiles is None else [arguments.tiles])]
     taken = [(output, "the output itself"), *((one, "the journal of the output") for one in (journal, begun))]
     for path in published:

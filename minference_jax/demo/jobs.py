@@ -12,7 +12,7 @@ from typing import Any
 from minference_jax.demo.settings import Refused
 
 PATIENCE = 30.0
-"""Seconds after which a job whose visitor does not listen any more stops."""
+"""Seconds after which a visitor who does not listen any more is taken to be gone, and his job stops."""
 
 
 class Cancelled(Exception):

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SILENCE = 30.0
-"""Seconds without a connection after which a visitor is taken to be gone."""
+from minference_jax.demo import jobs
 
 
 class Visitors:
@@ -34,13 +33,13 @@ class Visitors:
                     del self._open[visitor]
 
     def is_silent(self, visitor: str) -> bool:
-        """Whether a visitor has had no such connection since this was first asked, if that was a while ago."""
+        """Whether a visitor has had no such connection since this was first asked, longer ago than a job waits."""
         with self._guard:
             if visitor in self._open:
                 self._silent_since.pop(visitor, None)
                 return False
             since = self._silent_since.setdefault(visitor, time.monotonic())
-            if time.monotonic() - since < SILENCE:
+            if time.monotonic() - since < jobs.PATIENCE:
                 return False
             del self._silent_since[visitor]
             return True

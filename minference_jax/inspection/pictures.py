@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -16,12 +15,6 @@ from minference_jax.patterns.heads import KINDS
 _KEPT_COLOUR = (0.10, 0.45, 0.85)
 _KEPT_ALPHA = 0.45
 _FLOOR = 1e-6  # share of attention below which a pixel is white
-
-
-def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes], dpi: int) -> None:
-    """Writes the format that the file's name ends in; into an open file, PNG."""
-    is_named = isinstance(path, str | os.PathLike)
-    figure.savefig(path, format=Path(path).suffix.lower()[1:] if is_named else "png", dpi=dpi)  # type: ignore[arg-type]
 
 
 def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None:
@@ -54,7 +47,7 @@ def draw_heat_maps(inspection: Inspection, path: str | os.PathLike[str]) -> None
         one.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=one, extend="max" if most == 1 and values.max() > 1 else "neither")
     axes[0][0].set_ylabel("layer")
-    _save(figure, path, 150)
+    figure.savefig(path, dpi=150)
 
 
 def draw_head(
@@ -72,8 +65,9 @@ def draw_head(
         ValueError: matplotlib is not installed, the file's name ends in something else, or that map was not asked for.
         OSError: the file can't be written.
     """
-    if isinstance(path, str | os.PathLike):
-        check_picture(path)
+    is_named = isinstance(path, str | os.PathLike)
+    if is_named:
+        check_picture(path)  # type: ignore[arg-type]
     found = inspection.maps.get((layer, head))
     if found is None:
         raise ValueError(f"the map of layer {layer}, head {head} was not computed: name it in `maps`")
@@ -91,7 +85,7 @@ def draw_head(
     )
     one.set_xlabel("key, tokens")
     one.set_ylabel("query, tokens")
-    _save(figure, path, dpi)
+    figure.savefig(path, format=None if is_named else "png", dpi=dpi)  # None: as the name ends
 
 
 def _draw_map(axes: Any, found: HeadMap) -> Any:

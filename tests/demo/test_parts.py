@@ -226,7 +226,7 @@ def test_refusals_are_sentences_that_the_page_can_show(tmp_path):
 def test_visitors_who_do_not_listen_for_a_while_are_silent(monkeypatch):
     visitors = Visitors()
     assert not visitors.is_silent("one")  # from now on
-    monkeypatch.setattr("minference_jax.demo.visitors.SILENCE", 0.0)
+    monkeypatch.setattr("minference_jax.demo.jobs.PATIENCE", 0.0)
     with visitors.listening("one"):
         assert not visitors.is_silent("one")
     assert visitors.is_silent("one")
