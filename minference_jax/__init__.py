@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         uniform_patterns,
         write_patterns,
     )
-    from minference_jax.search import SearchResult, retrieval_prompt, search_patterns
+    from minference_jax.search import SearchResult, calibration_prompts, search_patterns
     from minference_jax.tile_table import TileTable, read_tiles
 
     __version__: str
@@ -69,6 +69,7 @@ __all__ = [
     "__version__",
     "a_shape_attention",
     "block_sparse_attention",
+    "calibration_prompts",
     "convert_model",
     "dense_attention",
     "evaluate_answers",
@@ -83,7 +84,6 @@ __all__ = [
     "read_patterns",
     "read_tiles",
     "resolve_patterns",
-    "retrieval_prompt",
     "ruler_samples",
     "search_patterns",
     "sparse_attention",
@@ -102,6 +102,7 @@ _MODULES = {
     "TileTable": "tile_table",
     "a_shape_attention": "attention",
     "block_sparse_attention": "attention",
+    "calibration_prompts": "search",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
     "evaluate_answers": "evaluate",
@@ -114,7 +115,6 @@ _MODULES = {
     "niah_samples": "evaluate",
     "read_infinitebench": "evaluate",
     "read_tiles": "tile_table",
-    "retrieval_prompt": "search",
     "ruler_samples": "evaluate",
     "search_patterns": "search",
     "sparse_attention": "attention",

@@ -183,7 +183,8 @@ def block_sparse(
 ) -> BlockSparseIndices:
     """Chooses the key blocks of every query tile and head by the product of mean queries and mean keys.
 
-    The blocks that hold a tile's own positions are always among them. Means are over valid tokens only.
+    The first block, whose sinks a mean key hides, and those that hold a tile's own positions are always among them.
+    Means are over valid tokens only.
 
     Args:
       q: [B, T, N, H]. k: [B, S, K, H].
@@ -197,7 +198,7 @@ def block_sparse(
     Returns:
       BlockSparseIndices.
 
-    Source: arXiv 2407.02490, algorithm 3; unlike microsoft/MInference the diagonal block is always kept.
+    Source: arXiv 2407.02490, algorithm 3; unlike microsoft/MInference the first and the diagonal block are always kept.
     """
     batch, q_len, num_heads, head_dim = q.shape
     starts = tile_starts(q_offset, q_len, tiles)
@@ -213,9 +214,9 @@ def block_sparse(
         scores = scores.reshape(*q.shape[:3], -1) * scale
         first, end = (x[..., None, None] for x in (starts, jnp.minimum(starts + tiles.block_q, kv_len)))
         visible = blocks * tiles.block_kv < end
-        own = visible & (blocks >= first // tiles.block_kv)
-        scores = jnp.where(visible, jnp.where(own, jnp.inf, scores), -jnp.inf)
-        wanted = jnp.minimum(jnp.maximum(num_blocks, own.sum(axis=-1)), visible.sum(axis=-1)).astype(jnp.int32)
+        forced = visible & ((blocks >= first // tiles.block_kv) | (blocks == 0))
+        scores = jnp.where(visible, jnp.where(forced, jnp.inf, scores), -jnp.inf)
+        wanted = jnp.minimum(jnp.maximum(num_blocks, forced.sum(axis=-1)), visible.sum(axis=-1)).astype(jnp.int32)
         kept = kernels.top_k_mask(scores, wanted)
         return compact(kept, capacity), kept.sum(axis=-1, dtype=jnp.int32)
 

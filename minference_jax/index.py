@@ -113,8 +113,8 @@ def _block_lists(q, k, pattern, scale, kv_len, q_offset, tiles, max_num_blocks, 
     num_blocks, max_num_blocks = (
         -(-n * NUM_BLOCKS_UNIT // tiles.block_kv) for n in (pattern.num_blocks, max_num_blocks)
     )
-    own = tiles.block_q // tiles.block_kv + 1  # blocks that hold a tile's own positions, kept whatever was asked for
-    capacity = min(max(max_num_blocks, own), -(-k.shape[1] // tiles.block_kv))
+    forced = tiles.block_q // tiles.block_kv + 2  # the first block and a tile's own, kept whatever was asked for
+    capacity = min(max(max_num_blocks, forced), -(-k.shape[1] // tiles.block_kv))
     is_block_sparse = pattern.kind == PatternKind.BLOCK_SPARSE
 
     def estimated():

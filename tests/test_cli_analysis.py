@@ -1,13 +1,14 @@
 """`minference-jax search` and `inspect`: what they print and write, and what they refuse."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
-from minference_jax import AShape, VerticalSlash, load, read_patterns, retrieval_prompt, search_patterns
+from minference_jax import AShape, VerticalSlash, calibration_prompts, load, read_patterns, search_patterns
 from minference_jax.cli import main, search_command
 from minference_jax.cli.values import head_pattern
 from minference_jax.search import CandidateResult, LayerResult, compare
@@ -49,7 +50,7 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
     assert (patterns.model, patterns.score_direction) == (str(model), "lower_is_better")
     assert read_patterns(tmp_path / "published.json").layers == patterns.layers
     first, *lines = out.splitlines()
-    assert first.startswith("reads 390 tokens; activations take ")
+    assert re.match(r"reads 2 prompts of up to 4\d\d tokens; activations take ", first)
     for index in range(NUM_LAYERS):
         assert lines[index].startswith(f"layer {index:3}: error ")
     assert "a_shape 1 4" in out
@@ -108,19 +109,19 @@ def test_search_hands_on_levels_cost_granularity_and_the_generated_prompts(run, 
     monkeypatch.setattr(compare, "dense_milliseconds", lambda layer: float(NUM_HEADS))
     monkeypatch.setattr(compare, "head_milliseconds", lambda *_: np.full(NUM_HEADS, 0.3))
     options = "--candidates vertical_slash:30,50 --levels 0.8 1.2 --budget 0.7 --cost time --slash-granularity block"
-    prompts = "--num-prompts 2 --seed 5 --length 450"
+    prompts = "--num-prompts 3 --seed 5 --length 450"
     code, out, err = run(f"search t.json --model MODEL {options} {prompts} --no-chat-template")
     assert (code, err) == (0, "")
-    assert out.startswith("reads 2 prompts of up to ")
+    assert out.startswith("reads 3 prompts of up to ")
     assert "vertical_slash 30 50 at 0.84" in out
     settings = json.loads((tmp_path / "t.json.journal").read_text().splitlines()[0])["settings"]
     assert settings["budgets"] == [0.7 * 0.8, 0.7 * 1.2]
     assert (settings["cost"], settings["slash_granularity"]) == ("time", "block")
     told = load(run.model)
-    plain = [retrieval_prompt(told, 450, seed=seed, chat=False) for seed in (5, 6)]
+    plain = calibration_prompts(told, 450, count=3, seed=5, chat=False)
     assert settings["prompt_lengths"] == [len(prompt) for prompt in plain]
     assert told.tokenizer.decode(plain[0]).startswith("This JSON object")
-    assert told.tokenizer.decode(retrieval_prompt(told, 450, seed=5)).startswith("[user] This JSON object")
+    assert told.tokenizer.decode(calibration_prompts(told, 450, seed=5)[0]).startswith("[user] This JSON object")
 
 
 def test_the_line_of_a_layer_that_alone_is_above_the_budget_says_what_it_costs_at_least():

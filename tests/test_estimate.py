@@ -99,7 +99,7 @@ def test_top_k_mask_marks_the_k_largest_and_of_equals_the_first(scores, k):
 
 
 @pytest.mark.parametrize(("q_offset", "length", "q_len"), [(0, 500, 512), (128, 400, 300), (100, 512, 412), (0, 1, 1)])
-def test_block_sparse_keeps_the_heaviest_block_means_and_the_diagonal(q_offset, length, q_len):
+def test_block_sparse_keeps_the_heaviest_block_means_the_first_and_the_diagonal(q_offset, length, q_len):
     size, blocks, capacity = 512, [1, 2, 3, 8], 8
     q, k = random_qk(size, seed=3)
     q = q[:, :q_len]
@@ -122,9 +122,9 @@ def test_block_sparse_keeps_the_heaviest_block_means_and_the_diagonal(q_offset, 
             mean = q[0, start - q_offset : end - q_offset, n].mean(axis=0)
             visible = [b for b in range(8) if 64 * b < end]
             means = [k[0, 64 * b : min(64 * (b + 1), length), n // 2].mean(axis=0) @ mean for b in visible]
-            own = set(range(start // 64, (end - 1) // 64 + 1))
-            order = [b for b in np.argsort(-np.array(means), kind="stable").tolist() if b not in own]
-            expected = sorted(own | set(order[: max(blocks[n] - len(own), 0)]))
+            forced = {0, *range(start // 64, (end - 1) // 64 + 1)}
+            order = [b for b in np.argsort(-np.array(means), kind="stable").tolist() if b not in forced]
+            expected = sorted(forced | set(order[: max(blocks[n] - len(forced), 0)]))
             assert ids[n, t, : counts[n, t]].tolist() == expected
 
 

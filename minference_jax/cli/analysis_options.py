@@ -80,10 +80,10 @@ def _add_calibration(parser: Any) -> None:
         "--length",
         type=positive,
         metavar="N",
-        help="tokens of generated key-value retrieval prompts, where no file "
-        "is given (30000, or what the model can read)",
+        help="tokens of generated prompts, key-value retrieval and parts of Python's manual in turn, where no file is "
+        "given (30000, or what the model can read)",
     )
-    prompts.add_argument("--num-prompts", type=positive, metavar="N", help="how many are generated (1)")
+    prompts.add_argument("--num-prompts", type=positive, metavar="N", help="how many are generated (2)")
     prompts.add_argument("--seed", type=int, metavar="N", help="of the generated prompts (0)")
 
 

@@ -21,9 +21,9 @@ from minference_jax.search import (
     CandidateResult,
     LayerResult,
     SearchResult,
+    calibration_prompts,
     choose,
     least_cost,
-    retrieval_prompt,
     search_patterns,
 )
 
@@ -120,11 +120,11 @@ def _check_files(arguments: argparse.Namespace, output: Path, journal: Path) -> 
 
 def _prompts(model: LanguageModel, arguments: argparse.Namespace, texts: list[str] | None) -> list[list[int]]:
     if texts is None:
-        seed, count = arguments.seed or 0, arguments.num_prompts or 1
+        seed, count = arguments.seed or 0, arguments.num_prompts or 2
         if model.tokenizer is None:
             raise ValueError(f"{model_name(arguments)} has no tokenizer files, so it can't read text")
         chat = not arguments.no_chat_template
-        return [retrieval_prompt(model, arguments.length, seed=seed + index, chat=chat) for index in range(count)]
+        return calibration_prompts(model, arguments.length, count=count, seed=seed, chat=chat)
     prompts = []
     for name, text in zip(arguments.prompt_file, texts, strict=True):
         if not text.strip():

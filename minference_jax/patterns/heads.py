@@ -77,7 +77,7 @@ class AShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSparse:
-    """Keep for every block of queries the blocks of 64 keys with the largest estimated attention.
+    """Keep for every block of queries the first 64 keys, its own, and the heaviest blocks by estimate.
 
     num_blocks: int, key blocks kept for each query block (blocks).
     Raises: ValueError when num_blocks is not an int from 1 to 2**31 - 1.

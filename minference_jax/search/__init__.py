@@ -5,7 +5,7 @@ equal cost), results (what was compared, and the choice), journal (what makes it
 where the user has none).
 """
 
-from minference_jax.search.calibration import CALIBRATION_LENGTH, retrieval_prompt
+from minference_jax.search.calibration import CALIBRATION_LENGTH, calibration_prompts, manual_prompt, retrieval_prompt
 from minference_jax.search.candidates import DEFAULT_CANDIDATES
 from minference_jax.search.results import CandidateResult, LayerResult, SearchResult, choose, least_cost
 from minference_jax.search.search import DEFAULT_BUDGET, search_patterns
@@ -17,8 +17,10 @@ __all__ = [
     "CandidateResult",
     "LayerResult",
     "SearchResult",
+    "calibration_prompts",
     "choose",
     "least_cost",
+    "manual_prompt",
     "retrieval_prompt",
     "search_patterns",
 ]

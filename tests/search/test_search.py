@@ -3,6 +3,7 @@
 import json
 import re
 import weakref
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,16 @@ from minference_jax import (
     BlockSparse,
     Dense,
     VerticalSlash,
+    calibration_prompts,
     load,
     read_patterns,
-    retrieval_prompt,
     search_patterns,
     write_patterns,
 )
 from minference_jax.analysis import LayerActivations, activation_bytes, head_densities, read_layers, settings_for
 from minference_jax.attention import dense_attention
 from minference_jax.kernels import reference
-from minference_jax.search import compare
+from minference_jax.search import compare, manual_prompt, retrieval_prompt
 from minference_jax.search.compare import Comparison
 from minference_jax.search.results import CandidateResult, LayerResult, check_affordable, choose
 
@@ -411,16 +412,24 @@ def test_levels_are_searched_and_shared_out_over_all_layers(model):
     assert len(levels.layers[0].candidates) == 2
 
 
-def test_generated_prompts_fill_the_length_and_ask_for_a_key_that_is_there(model):
-    prompt = retrieval_prompt(model, 400)
-    text = model.tokenizer.decode(prompt)
-    assert 400 - 100 < len(prompt) <= 400
+def test_generated_prompts_fill_the_length_and_ask_for_what_is_there(model):
+    retrieval, manual, another, _ = calibration_prompts(model, 400, count=4)
+    for prompt in (retrieval, manual):
+        assert 400 - 100 < len(prompt) <= 400
+    text = model.tokenizer.decode(retrieval)
     object_ = json.loads(text[text.index("{") : text.index("}") + 1])
     key = text.rpartition('the key "')[2].partition('"')[0]
     assert key in object_
-    assert retrieval_prompt(model, 400) == prompt != retrieval_prompt(model, 400, seed=1)
-    assert len(retrieval_prompt(model)) <= model.config.max_length
-    with pytest.raises(ValueError, match="longer than the 512 that the model can read"):
-        retrieval_prompt(model, 513)
-    with pytest.raises(ValueError, match="a calibration prompt: length=20 is too short"):
-        retrieval_prompt(model, 20)
+    text, _, question = model.tokenizer.decode(manual).rpartition("\n\n")
+    topic = question.partition("about ")[2].partition("?")[0]
+    assert topics[topic].splitlines()[1] in text
+    assert calibration_prompts(model, 400) == [retrieval, manual]
+    assert calibration_prompts(model, 400, count=1, seed=1) == [another] != [retrieval]
+    assert max(map(len, calibration_prompts(model))) <= model.config.max_length
+    for prompt_of in (retrieval_prompt, manual_prompt):
+        with pytest.raises(ValueError, match="longer than the 512 that the model can read"):
+            prompt_of(model, 513)
+        with pytest.raises(ValueError, match="a calibration prompt: length=20 is too short"):
+            prompt_of(model, 20)
+    with pytest.raises(ValueError, match="count=0 must be 1 or more"):
+        calibration_prompts(model, count=0)
