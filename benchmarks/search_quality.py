@@ -1,7 +1,7 @@
 """Searches the default model, and compares what was found with patterns of equal cost on prompts that it did not see.
 
-Calibration prompts: key-value retrieval and a part of Python's manual. Unseen ones: another retrieval, another part of
-the manual, and the opening of a novel. Uniform patterns, of the default's proportions and of others, are made as large
+Calibration prompts: the first two generated ones, key-value retrieval and a part of Python's manual. Unseen ones: the
+next two, and the opening of a novel. Uniform patterns, of the default's proportions and of others, are made as large
 as cost the budget of the search on the calibration prompts, as a mean over all heads.
 
 A record's error: norm of the difference of a layer's attention output from dense, all heads together, over the norm of
@@ -11,7 +11,7 @@ dense attention's, mean over the layers. `--output FILE` keeps records; the patt
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
+import bisect
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,21 +53,20 @@ SCALES = np.geomspace(1 / 32, 4, 8)
 
 
 def prompts(model: minference_jax.LanguageModel, length: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Calibration prompts and unseen ones, by name, each of about that many tokens."""
-    manual = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    parts = [manual[: len(manual) // 2], manual[len(manual) // 2 :]]
-    novel = (ROOT / "examples" / "persuasion.txt").read_text("utf-8")
-    questions = ["What does this text say about names?", "What does this text say about types?", "Who is Sir Walter?"]
-    texts = [asked(model, text, question, length) for text, question in zip([*parts, novel], questions, strict=True)]
-    seeds = [minference_jax.retrieval_prompt(model, length, seed=seed) for seed in (0, 1)]
-    return {"retrieval": seeds[0], "manual": texts[0]}, {"retrieval": seeds[1], "manual": texts[1], "novel": texts[2]}
+    """Calibration prompts and unseen ones, by name, each of at most that many tokens."""
+    retrieval, manual, other_retrieval, other_manual = minference_jax.calibration_prompts(model, length, count=4)
+    unseen = {"retrieval": other_retrieval, "manual": other_manual, "novel": novel_prompt(model, length)}
+    return {"retrieval": retrieval, "manual": manual}, unseen
 
 
-def asked(model: minference_jax.LanguageModel, text: str, question: str, length: int) -> list[int]:
-    """The beginning of a text and a question about it, of at most so many tokens."""
-    ends = model.tokenizer(text[: 8 * length], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    room = length - len(model.encode_chat(f"\n\n{question}"))
-    return model.encode_chat(f"{text[: ends[:room][-1][1]]}\n\n{question}")
+def novel_prompt(model: minference_jax.LanguageModel, length: int) -> list[int]:
+    """As many lines of the opening of a novel as fit, and a question about it."""
+    lines = (ROOT / "examples" / "persuasion.txt").read_text("utf-8").splitlines()
+
+    def encode(count: int) -> list[int]:
+        return model.encode_chat("\n".join([*lines[:count], "", "Who is Sir Walter?"]))
+
+    return encode(bisect.bisect_right(range(1, len(lines) + 1), length, key=lambda count: len(encode(count))))
 
 
 def row(patterns: ModelPatterns, index: int) -> PatternArrays:
