@@ -41,13 +41,19 @@ to three times what was asked."""
 
 @dataclass(frozen=True, kw_only=True)
 class DenseAttend:
-    """Exact attention of a whole prompt, an `Attend`. Equal ones share compiled programs."""
+    """Exact attention, an `Attend`. Equal ones share compiled programs.
+
+    Attributes:
+        implementation: None = the first that can.
+        whole_prompt: whether the queries start at position 0, which q_offset, as an array, does not tell.
+    """
 
     implementation: str | None
+    whole_prompt: bool = True
 
     def __call__(self, q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[Any, None]:
-        # A prefill starts at position 0, which q_offset, as an array, does not tell.
-        return dense_attention(q, k, v, scale=scale, kv_len=kv_len, implementation=self.implementation), None
+        where = {"kv_len": kv_len} if self.whole_prompt else {"kv_len": kv_len, "q_offset": q_offset}
+        return dense_attention(q, k, v, scale=scale, **where, implementation=self.implementation), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,7 @@ def choose_attend(
     slash_granularity: SlashGranularity,
     implementation: str | None,
     tiles: TileConfig | None,
+    whole_prompt: bool = True,
 ) -> tuple[Attend, PatternArrays | None]:
     """How to attend, static and hashable, and the pattern arrays [L, N] that go in as data.
 
@@ -95,6 +102,7 @@ def choose_attend(
         slash_granularity: "line" or "block", as in `sparse_attention`.
         implementation: of the attention; None = the first that can.
         tiles: of sparse attention; None = those that suit the device.
+        whole_prompt: whether the queries are those of whole prompts; False = they may follow others in the cache.
 
     Raises:
         ValueError: an unknown name, or a pattern that does not belong to it.
@@ -106,7 +114,7 @@ def choose_attend(
     if attention == "dense":
         if pattern is not None:
             raise ValueError(f"attention='dense' takes no pattern, got {pattern}")
-        return DenseAttend(implementation=implementation), None
+        return DenseAttend(implementation=implementation, whole_prompt=whole_prompt), None
     shape = patterns.num_layers, patterns.num_heads
     if attention == "minference":
         if not isinstance(pattern, ModelPatterns | None):

@@ -12,8 +12,9 @@ from flax import nnx
 
 from minference_jax.cache import extend_cache
 from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
+from minference_jax.generate.chunks import check_chunk_size, prefill_in_chunks
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, read_token, score_tokens
-from minference_jax.generate.prompts import Tokens, bucket_length, pad_prompts
+from minference_jax.generate.prompts import Tokens, bucket_length, check_room, pad_prompts, stop_token_ids
 from minference_jax.generate.sampling import Sampling, choose
 from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
@@ -110,8 +111,11 @@ class LanguageModel:
         pattern: HeadPattern | ModelPatterns | None = None,
         slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
+        chunk_size: int | None = None,
     ) -> PrefillResult:
-        """Reads prompts, all at once. One program is compiled per batch size, bucket of lengths and kind of attention.
+        """Reads prompts, all at once or in chunks.
+
+        One program is compiled per batch size, bucket of lengths, kind of attention and chunk size.
 
         Args:
             prompts: token ids of one prompt, or of several of any lengths.
@@ -122,16 +126,22 @@ class LanguageModel:
             slash_granularity: what vertical-slash heads keep: "line", single distances as published, or "block", whole
                 block diagonals.
             implementation: of the attention; None = the first that can do the call.
+            chunk_size: tokens read at a time, a multiple of 128: activations take the memory of a chunk, and each chunk
+                keeps what its own last queries ask for. None = all; so, too, where no prompt is longer than a chunk.
 
         Raises:
             ValueError: an empty prompt, one longer than the model can read, ids that are not its tokens, an unknown
-                attention or implementation, a pattern that does not fit.
+                attention or implementation, a pattern that does not fit, another `chunk_size`.
             NotImplementedError: the named implementation can't do the call.
             MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
+        check_chunk_size(chunk_size)
+        whole = chunk_size is None or lengths.max() <= chunk_size
+        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
+            if chunk_size is not None and not whole:
+                return prefill_in_chunks(self._graph, self._state, tokens, lengths, arrays, attend, chunk_size)
             return prefill(self._graph, self._state, tokens, lengths, arrays, attend)
 
     def score(
@@ -161,18 +171,32 @@ class LanguageModel:
         log_probs, greedy = (np.asarray(x[0, : lengths[0] - 1]) for x in found[:2])
         return Scores(log_probs, greedy, None if found[2] is None else np.asarray(found[2][:, 0]))
 
-    def extend(self, prefilled: PrefillResult, tokens: Tokens | Sequence[Tokens]) -> PrefillResult:
-        """Reads more tokens after a prefill's, such as each of several questions, with dense attention over the cache.
+    def extend(
+        self,
+        prefilled: PrefillResult,
+        tokens: Tokens | Sequence[Tokens],
+        *,
+        attention: str = "dense",
+        pattern: HeadPattern | ModelPatterns | None = None,
+        slash_granularity: SlashGranularity = "line",
+        implementation: str | None = None,
+    ) -> PrefillResult:
+        """Reads more tokens after a prefill's, such as each of several questions or a further document.
 
         Args:
-            prefilled: from `prefill` or `extend`; it stays usable.
+            prefilled: from `prefill`, `extend` or `load_prefill`; it stays usable.
             tokens: token ids for its one row, or one list of ids for each of its rows.
+            attention, pattern, slash_granularity, implementation: as in `prefill`, over the cache; "auto" goes by the
+                tokens of both. What sparse heads keep is estimated from the last of the new tokens.
 
         Returns:
-            Logits after the last of the tokens; the longer cache; the density of `prefilled`.
+            Logits after the last of the tokens; the longer cache; the density of reading the new tokens, or where that
+            was dense the density of `prefilled`.
 
         Raises:
-            ValueError: ids that are not the model's tokens, another number of rows, or too little room, as in `decode`.
+            ValueError: ids that are not the model's tokens, another number of rows, too little room, as in `decode`, or
+                an attention or pattern that `prefill` refuses.
+            NotImplementedError: the named implementation can't do the call.
             MemoryError: the device has too little.
         """
         padded, counts = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
@@ -181,12 +205,14 @@ class LanguageModel:
             raise ValueError(f"tokens of {len(padded)} rows do not go on from a prefill of {len(lengths)}")
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
             self.check_room([length], count)
+        capacity = max(prefilled.cache.capacity, bucket_length(int(lengths.max()) + padded.shape[1]))
+        arrays, attend = self._choose(capacity, attention, pattern, slash_granularity, implementation, False)
         with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
-            cache = extend_cache(prefilled.cache, bucket_length(int(lengths.max()) + padded.shape[1]))
-            logits, cache = read_more(self._graph, self._state, padded, counts, cache)
-            return PrefillResult(logits, cache, prefilled.density)
+            cache = extend_cache(prefilled.cache, capacity)
+            read = read_more(self._graph, self._state, padded, counts, cache, arrays, attend)
+            return read if arrays is not None else read._replace(density=prefilled.density)
 
-    def _choose(self, length, attention, pattern, slash_granularity, implementation):
+    def _choose(self, length, attention, pattern, slash_granularity, implementation, whole_prompt=True):
         """The pattern arrays [L, N] and the way to attend that a prefill of so many padded tokens asks for."""
         tiles = None
         if attention != "dense":
@@ -194,6 +220,7 @@ class LanguageModel:
         if attention == "auto":
             attention, pattern = resolve_auto(pattern, patterns=self.patterns, length=length, implementation=sparse)
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
+        how["whole_prompt"] = whole_prompt
         attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, **how)
         return arrays, attend
 
@@ -278,24 +305,7 @@ class LanguageModel:
             ValueError: there are fewer positions, or a row would grow past the length at which longrope changes: its
                 cache is turned by the factors of shorter rows.
         """
-        length, most = max(lengths), self.config.max_length
-        if length + max_new_tokens > most:
-            needed = length + max_new_tokens
-            raise ValueError(
-                f"a prompt of {length} tokens and {max_new_tokens=} need {needed} positions, the model has {most}"
-            )
-        rope = self.config.rope
-        if rope.rope_type != "longrope":
-            return
-        limit = rope.given("original_max_position_embeddings")
-        crossing = [length for length in lengths if length <= limit < length + max_new_tokens - 1]
-        if crossing:
-            length = max(crossing)
-            raise ValueError(
-                f"a prompt of {length} tokens and {max_new_tokens=} grow past {limit} tokens, where this model's "
-                f"longrope changes for all of them: ask for at most {limit + 1 - length} tokens, then give prompt and "
-                f"answer as a new prompt"
-            )
+        check_room(self.config, lengths, max_new_tokens)
 
     def complete(
         self, prefilled: PrefillResult, *, stop_tokens: Sequence[int] | None = None, **options: Any
@@ -310,7 +320,7 @@ class LanguageModel:
         Raises:
             ValueError: as in `decode`.
         """
-        stops = self.stop_tokens if stop_tokens is None else _token_ids(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else stop_token_ids(stop_tokens)
         rows: list[list[int]] = [[] for _ in range(prefilled.logits.shape[0])]
         stopped = [False] * len(rows)
         for tokens in self.decode(prefilled, **options):
@@ -335,7 +345,7 @@ class LanguageModel:
         """
         if prefilled.logits.shape[0] != 1:
             raise ValueError(f"stream takes a single prompt, got a batch of {prefilled.logits.shape[0]}")
-        stops = self.stop_tokens if stop_tokens is None else _token_ids(stop_tokens)
+        stops = self.stop_tokens if stop_tokens is None else stop_token_ids(stop_tokens)
         return text_pieces(TextPieces(self._need_tokenizer()), self.decode(prefilled, **options), stops)
 
     def generate(
@@ -346,13 +356,14 @@ class LanguageModel:
         pattern: HeadPattern | ModelPatterns | None = None,
         slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
+        chunk_size: int | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Reads prompts and answers each: `prefill`, then `complete`.
 
         Args:
             prompts: one or several, each a text (encoded as by `encode`) or token ids.
-            attention, pattern, slash_granularity, implementation: as in `prefill`.
+            attention, pattern, slash_granularity, implementation, chunk_size: as in `prefill`.
             options: of `complete`: max_new_tokens, temperature, top_p, key, stop_tokens.
 
         Raises:
@@ -369,7 +380,7 @@ class LanguageModel:
         _, lengths = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         self.check_room(lengths.tolist(), options.get("max_new_tokens", 1))  # before minutes of reading
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation}
-        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)
+        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, chunk_size=chunk_size, **how)
         return self.complete(prefilled, **options)
 
     def _completion(self, tokens: list[int], stopped: bool) -> Completion:
@@ -380,10 +391,3 @@ class LanguageModel:
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: give token ids, and read answers with complete or decode")
         return self.tokenizer
-
-
-def _token_ids(stop_tokens: Sequence[int]) -> frozenset[int]:
-    wrong = [token for token in stop_tokens if not isinstance(token, int | np.integer)]
-    if wrong:
-        raise ValueError(f"stop_tokens must be token ids, got {wrong[0]!r}")
-    return frozenset(int(token) for token in stop_tokens)

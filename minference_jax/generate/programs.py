@@ -26,7 +26,9 @@ class PrefillResult(NamedTuple):
     Attributes:
         logits: float32 [B, V], after the last token of each prompt.
         cache: keys and values of the prompts, padded to the bucket.
-        density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention.
+        density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention. Of a prefill
+            in chunks: the mean of the chunks' densities, each weighted by its share of the pairs of query and earlier
+            key (dense attention's work). Of an extension with sparse attention: for the tokens that it read.
     """
 
     logits: jax.Array
@@ -93,20 +95,27 @@ def score_tokens(
     return log_probs.T, greedy.T, density
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("graph", "attend"), donate_argnames="cache")
 def read_more(
-    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Logits float32 [B, V] after more tokens, and the donated cache with them, read with dense attention.
+    graph: Any,
+    state: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: KVCache,
+    patterns: PatternArrays | None,
+    attend: Attend,
+) -> PrefillResult:
+    """Logits after more tokens, the donated cache with them, and the density of reading them.
 
     Args:
         graph, state: of a model.
         tokens: int32 [B, T], padded.
         lengths: int32 [B], true numbers of new tokens.
         cache: with room for T more in each row.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend over the cache.
     """
-    logits, cache, _ = nnx.merge(graph, state)(tokens, cache, lengths=lengths)
-    return logits, cache
+    return PrefillResult(*nnx.merge(graph, state)(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")

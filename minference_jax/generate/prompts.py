@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from minference_jax.models import DecoderConfig
+
 Tokens: TypeAlias = Sequence[int] | np.ndarray
 
 _MIN_BUCKET = 128  # tokens
@@ -63,3 +65,42 @@ def pad_prompts(
     for row, ids in zip(tokens, rows, strict=True):
         row[: ids.size] = ids
     return tokens, lengths
+
+
+def check_room(config: DecoderConfig, lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Whether prompts and their answers have room.
+
+    Args:
+        config: of the model.
+        lengths: tokens of each prompt.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        ValueError: there are fewer positions, or a row would grow past the length at which longrope changes.
+    """
+    length, most = max(lengths), config.max_length
+    if length + max_new_tokens > most:
+        needed = length + max_new_tokens
+        raise ValueError(
+            f"a prompt of {length} tokens and {max_new_tokens=} need {needed} positions, the model has {most}"
+        )
+    rope = config.rope
+    if rope.rope_type != "longrope":
+        return
+    limit = rope.given("original_max_position_embeddings")
+    crossing = [length for length in lengths if length <= limit < length + max_new_tokens - 1]
+    if crossing:
+        length = max(crossing)
+        raise ValueError(
+            f"a prompt of {length} tokens and {max_new_tokens=} grow past {limit} tokens, where this model's "
+            f"longrope changes for all of them: ask for at most {limit + 1 - length} tokens, then give prompt and "
+            f"answer as a new prompt"
+        )
+
+
+def stop_token_ids(stop_tokens: Sequence[int]) -> frozenset[int]:
+    """The ids as a set; ValueError where one is no integer."""
+    wrong = [token for token in stop_tokens if not isinstance(token, int | np.integer)]
+    if wrong:
+        raise ValueError(f"stop_tokens must be token ids, got {wrong[0]!r}")
+    return frozenset(int(token) for token in stop_tokens)

@@ -56,18 +56,22 @@ class Decoder(nnx.Module):
         attend: Attend = dense_attend,
         layer_inputs: Any = None,
         logits: str = "last",
+        rope_lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache, Any]:
         """Reads new tokens after those in the cache. A step of decoding is the same call with T = 1.
 
         Args:
             tokens: int32 [B, T]; ids must lie in [0, vocab_size).
             cache: of this model's shape and dtype; row b holds `cache.length[b]` tokens and must have room for T more.
-            lengths: int32 [B], true number of new tokens in each row, from 1 to T; None = T. Rows beyond are padding:
-                they are written beyond the new length, where the next call overwrites them.
+            lengths: int32 [B], true number of new tokens in each row, from 0 to T; None = T. Rows beyond are padding:
+                they are written beyond the new length, where the next call overwrites them. A row of 0 keeps its
+                tokens, and its last logits mean nothing.
             attend: how to attend.
             layer_inputs: pytree of arrays with leading axis L, sliced for each layer's `attend`; None = nothing.
             logits: "last" for those after each row's last true token, "all" for every token, "hidden" for none: the
                 hidden states that `head` makes them of, since all logits of a long prompt take more memory than it.
+            rope_lengths: int32 [B], tokens of each row that `dynamic` and `longrope` turn for: of the whole prompt,
+                where this call reads a part of it; None = those that the row holds after this call.
 
         Returns:
             logits float32 [B, V] or [B, T, V], or hidden states [B, T, D] in the model's dtype; the cache with the new
@@ -80,11 +84,13 @@ class Decoder(nnx.Module):
         config, (batch, count) = self.config, tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), count, jnp.int32)
+        if rope_lengths is None:
+            rope_lengths = cache.length + lengths
         x, cache, aux = run_layers(
             self.layers,
             self.embed(tokens),
             cache,
-            rotate=self._rotation(count, cache.length, cache.length + lengths),
+            rotate=self._rotation(count, cache.length, rope_lengths),
             attend=attend,
             layer_inputs=layer_inputs,
             lengths=lengths,

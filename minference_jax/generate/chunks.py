@@ -1,0 +1,101 @@
+"""Prefill in chunks: a long prompt is read part by part into one cache, so that activations take a chunk's memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minference_jax.cache import init_cache
+from minference_jax.generate.programs import PrefillResult
+from minference_jax.models import Attend
+from minference_jax.patterns import PatternArrays
+
+_UNIT = 128  # tokens: chunks hold whole tiles of queries
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Refuses, with ValueError, what is neither None nor a positive multiple of 128 tokens."""
+    if chunk_size is None:
+        return
+    is_integer = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
+    if not is_integer or chunk_size < _UNIT or chunk_size % _UNIT:
+        raise ValueError(f"{chunk_size=} must be None or a multiple of {_UNIT} tokens, at least {_UNIT}")
+
+
+def prefill_in_chunks(
+    graph: Any,
+    state: Any,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    patterns: PatternArrays | None,
+    attend: Attend,
+    chunk_size: int,
+) -> PrefillResult:
+    """Reads prompts chunk by chunk; one program serves every chunk of every prompt of the bucket.
+
+    Each chunk attends to all tokens before it. What a sparse head keeps is estimated from the chunk's own last queries.
+    A row that ends before a chunk takes no part in it. A last chunk is padded to a whole one.
+
+    Args:
+        graph, state: of a model.
+        tokens: int32 [B, T], padded to a bucket.
+        lengths: int32 [B], true lengths.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend; it must honour q_offset.
+        chunk_size: tokens of a chunk.
+    """
+    capacity = -(-tokens.shape[1] // chunk_size) * chunk_size
+    padded = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
+    read = _nothing_read(graph, state, len(tokens), capacity, is_sparse=patterns is not None)
+    for start in range(0, int(lengths.max()), chunk_size):
+        counts = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
+        chunk = padded[:, start : start + chunk_size]
+        read = _read_chunk(graph, state, chunk, counts, _share(lengths, start, counts), lengths, patterns, read, attend)
+    return read
+
+
+def _share(lengths: np.ndarray, start: int, counts: np.ndarray) -> np.ndarray:
+    """The share of each row's pairs of query and earlier key that lies in a chunk: float32 [B], 0 where it has none."""
+
+    def pairs(n: np.ndarray) -> np.ndarray:  # of the first n tokens, twice
+        return n.astype(np.float64) * (n + 1.0)
+
+    first = np.minimum(lengths, start)
+    return ((pairs(first + counts) - pairs(first)) / pairs(lengths)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("graph", "batch", "capacity", "is_sparse"))
+def _nothing_read(graph: Any, state: Any, batch: int, capacity: int, *, is_sparse: bool) -> PrefillResult:
+    model = nnx.merge(graph, state)
+    config = model.config
+    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
+    density = jnp.zeros((config.num_layers, batch, config.num_heads), jnp.float32) if is_sparse else None
+    return PrefillResult(jnp.zeros((batch, config.vocab_size), jnp.float32), cache, density)
+
+
+@partial(jax.jit, static_argnames=("graph", "attend"), donate_argnames="read")
+def _read_chunk(
+    graph: Any,
+    state: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    share: jax.Array,
+    lengths: jax.Array,
+    patterns: PatternArrays | None,
+    read: PrefillResult,
+    attend: Attend,
+) -> PrefillResult:
+    """`read`, which is donated, with one more chunk: tokens [B, C], of which `counts` [B] are true; `share` [B] is the
+    chunk's part of dense attention's work, `lengths` [B] those of the whole prompts. Its start is that of the cache."""
+    model = nnx.merge(graph, state)
+    how: dict[str, Any] = {"attend": attend, "layer_inputs": patterns, "rope_lengths": lengths}
+    logits, cache, density = model(tokens, read.cache, lengths=counts, **how)
+    logits = jnp.where((counts > 0)[:, None], logits, read.logits)
+    if read.density is None:
+        return PrefillResult(logits, cache, None)
+    return PrefillResult(logits, cache, read.density + share[:, None] * density)
