@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         ruler_samples,
         summarize,
     )
-    from minference_jax.generate import LanguageModel
+    from minference_jax.generate import LanguageModel, PrefillResult, load_prefill, save_prefill
     from minference_jax.inspection import Inspection, inspect_attention
     from minference_jax.loading import load
     from minference_jax.patterns import (
@@ -62,6 +62,7 @@ __all__ = [
     "ModelPatterns",
     "PatternArrays",
     "PatternKind",
+    "PrefillResult",
     "Sample",
     "SearchResult",
     "TileTable",
@@ -79,12 +80,14 @@ __all__ = [
     "inspect_attention",
     "load",
     "load_parameters",
+    "load_prefill",
     "niah_samples",
     "read_infinitebench",
     "read_patterns",
     "read_tiles",
     "resolve_patterns",
     "ruler_samples",
+    "save_prefill",
     "search_patterns",
     "sparse_attention",
     "summarize",
@@ -97,6 +100,7 @@ _MODULES = {
     "Contender": "evaluate",
     "Inspection": "inspection",
     "LanguageModel": "generate",
+    "PrefillResult": "generate",
     "Sample": "evaluate",
     "SearchResult": "search",
     "TileTable": "tile_table",
@@ -112,10 +116,12 @@ _MODULES = {
     "inspect_attention": "inspection",
     "load": "loading",
     "load_parameters": "convert.checkpoint",
+    "load_prefill": "generate",
     "niah_samples": "evaluate",
     "read_infinitebench": "evaluate",
     "read_tiles": "tile_table",
     "ruler_samples": "evaluate",
+    "save_prefill": "generate",
     "search_patterns": "search",
     "sparse_attention": "attention",
     "summarize": "evaluate",

@@ -4,5 +4,15 @@ from minference_jax.generate.attend import ATTENTION_NAMES
 from minference_jax.generate.language_model import Completion, LanguageModel
 from minference_jax.generate.programs import PrefillResult, Scores
 from minference_jax.generate.prompts import bucket_length
+from minference_jax.generate.saved import load_prefill, save_prefill
 
-__all__ = ["ATTENTION_NAMES", "Completion", "LanguageModel", "PrefillResult", "Scores", "bucket_length"]
+__all__ = [
+    "ATTENTION_NAMES",
+    "Completion",
+    "LanguageModel",
+    "PrefillResult",
+    "Scores",
+    "bucket_length",
+    "load_prefill",
+    "save_prefill",
+]
