@@ -47,12 +47,11 @@ def model():
 
 
 def read_by_hand(model, how):
-    """Reads 300 tokens as a prefill in chunks does, and half of each part in a second row; gives each step's result."""
-    start, *rest = STEPS
-    read = model.prefill([TOKENS[: start[1]], TOKENS[: start[1] // 2]], **how)
-    results = [read._replace(cache=extend_cache(read.cache, 384))]
-    for begin, end in rest:
-        results.append(model.extend(results[-1], [TOKENS[begin:end], TOKENS[begin // 2 : end // 2]], **how))
+    """Gives each result of reading 300 tokens of a row chunk by chunk, beside a row of 300 and then a token each."""
+    (_, end), *rest = STEPS
+    results = [model.prefill([TOKENS[:end], TOKENS[:300]], chunk_size=128, **how)]
+    for length, (begin, end) in enumerate(rest, 300):
+        results.append(model.extend(results[-1], [TOKENS[begin:end], TOKENS[length : length + 1]], **how))
     return results
 
 
@@ -135,15 +134,15 @@ def test_chunks_are_multiples_of_128_tokens(model, chunk_size):
 
 @BOTH
 def test_extension_is_a_prefill_of_all_where_the_same_is_kept(model, how):
-    extended, whole = read_by_hand(model, how)[-1], model.prefill([TOKENS[:300], TOKENS[:150]], **how)
-    np.testing.assert_allclose(extended.logits, whole.logits, **CLOSE)
+    extended, whole = read_by_hand(model, how)[-1], model.prefill([TOKENS[:300], TOKENS[:302]], **how)
+    rows = slice(None) if how is DENSE else slice(1)  # blocks of queries begin elsewhere in the second
+    np.testing.assert_allclose(extended.logits[rows], whole.logits[rows], **CLOSE)
     assert (extended.density is None) == (how is DENSE)
 
 
 def test_extension_is_dense_where_nothing_is_asked_for_and_sparse_where_it_is(model):
-    first = model.prefill([TOKENS[:128], TOKENS[:64]], **DENSE)
-    first = first._replace(cache=extend_cache(first.cache, 384))
-    more = [TOKENS[128:256], TOKENS[64:128]]
+    first, *_ = read_by_hand(model, DENSE)
+    more = [TOKENS[128:256], TOKENS[300:310]]
     by_default, dense, sparse = (model.extend(first, more, **how) for how in ({}, DENSE, ESTIMATED))
     np.testing.assert_array_equal(by_default.logits, dense.logits)
     assert by_default.density is None
