@@ -14,6 +14,8 @@ from minference_jax.generate import LanguageModel
 from minference_jax.models import Llama, from_parameters
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash
 
+pytestmark = pytest.mark.usefixtures("oracle_first")  # kernels are compared with it, at offsets too, in test_attention
+
 CONFIG = dataclasses.replace(tiny_models.CASES["default_untied"], num_layers=2, max_position_embeddings=1024)
 TOKENS = np.random.default_rng(5).integers(0, 61, 600).astype(np.int32)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
