@@ -135,7 +135,7 @@ def _identity(model: LanguageModel) -> dict[str, str]:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(memoryview(array.reshape(-1).view(np.uint8)))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def _checked(metadata: dict[str, str], model: LanguageModel) -> tuple[list[int], dict[str, int]]:
