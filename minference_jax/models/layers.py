@@ -15,6 +15,7 @@ from flax import nnx
 
 from minference_jax.attention import dense_attention
 from minference_jax.models.config import DecoderConfig
+from minference_jax.models.rope import Rotation, rotate
 
 INIT_SCALE = 0.02  # standard deviation of random kernels and embeddings
 TOKENS_AT_ONCE = 16384
@@ -192,12 +193,15 @@ class Attention(nnx.Module):
         self.q_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Normalised hidden states [..., D] -> queries [..., N, H], keys and values [..., K, H], not yet turned."""
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalised hidden states [..., D] -> queries [..., N, H], keys and values [..., K, H]; see `rotate`."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(heads, cos, sin, interleaved=interleaved) for heads in (q, k))
         return q, k, v
 
     def output(self, heads: jax.Array) -> jax.Array:
@@ -245,18 +249,21 @@ class PreNormLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotate: Callable[[jax.Array], jax.Array],
+        rotation: Rotation,
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> (x [B, T, D], what `attend` returned beside its output).
 
         Args:
             x: hidden states.
-            rotate: position embedding of queries and keys [B, T, heads, H].
+            rotation: of the tokens' queries and keys.
             attend: (q, k, v) of the new tokens -> (out [B, T, N, H], anything).
         """
-        q, k, v = per_token(lambda x: self.attention.project(self.input_norm(x)), x)
-        heads, extras = attend(rotate(q), rotate(k), v)
+
+        def project(x, cos, sin):
+            return self.attention.project(self.input_norm(x), cos, sin, interleaved=rotation.interleaved)
+
+        heads, extras = attend(*per_token(project, x, rotation.cos, rotation.sin))
         return per_token(self.add_outputs, x, heads), extras
 
     def add_outputs(self, x: jax.Array, heads: jax.Array) -> jax.Array:
