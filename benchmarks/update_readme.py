@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from minference_jax.bench.records import attention_table, groups, milliseconds, read, with_block
 
 ROOT = Path(__file__).parent.parent
+EVALUATED = {
+    "niah": "needle in a haystack, found",
+    "all": "RULER, mean of six tasks",
+    "perplexity": "perplexity of a novel",
+}
 HEADLINE = ("VS line", "VS block")
 
 
@@ -28,6 +34,7 @@ def _updated_readme(text: str, headline: str) -> str:
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
+    text = with_block(text, "evaluate", evaluate_table(_rows(results / "evaluate.jsonl")))
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
 
 
@@ -148,11 +155,41 @@ def _search_run(rows: list[dict[str, Any]]) -> str:
     return "\n".join([head, ruler, *lines, "", f"{note} {_where(rows)}"])
 
 
+def evaluate_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: of the last run, per benchmark and length dense's value and how the others differ, with intervals."""
+    last = [one for one in _last_run_rows(records) if one["positions"] is None and one["task"] in EVALUATED]
+    names = list(dict.fromkeys(one["attention"] for one in last if one["attention"] != "dense"))
+    found = {(one["task"], one["length"], one["attention"]): one for one in last}
+    lines = [f"| benchmark | tokens | dense | {' | '.join(names)} |", f"| --- | --- | --- |{' --- |' * len(names)}"]
+    for task, what in EVALUATED.items():
+        for length in sorted({one["length"] for one in last}):
+            dense = found[task, length, "dense"]
+            cells = [f"{dense['value']:.3g}, {dense['low']:.3g} to {dense['high']:.3g}"]
+            for one in (found[task, length, name] for name in names):
+                low, high = one["difference_low"], one["difference_high"]
+                cells.append(f"{one['value']:.3g}; {low:+.3f} to {high:+.3f}; {one['density']:.2f}")
+            lines.append(f"| {what} | {length:,} | {' | '.join(cells)} |")
+    note = (
+        "SmolLM2-135M-Instruct in bfloat16. Dense: value and its 95% interval. Others: value; 95% interval of the "
+        "difference from dense on the same samples, for perplexity of the logarithm; density of the computed tiles. "
+        f"{_where(last)}"
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What `evaluate --summary` wrote."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _last_run_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    same = ("device", "commit", "jax")
+    return [one for one in records if all(one[name] == records[-1][name] for name in same)]
+
+
 def _last_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The newest record of each case, of those from where and what the last one is."""
-    same = ("device", "commit", "jax")
-    last = [one for one in records if all(one[name] == records[-1][name] for name in same)]
-    return list({one["case"]: one for one in last}.values())
+    return list({one["case"]: one for one in _last_run_rows(records)}.values())
 
 
 def _where(records: list[dict[str, Any]]) -> str:
