@@ -1,7 +1,7 @@
 """Dense against another attention on one prompt, on this machine: what the command line and the demo share.
 
 attentions: a choice of attention; prompts: a text with a question; timing: prefills, compilation apart; comparison: two
-attentions side by side; device: what computes and how much memory it took. Nothing here prints.
+attentions side by side; device: what computes and how much memory it took; energy: of a GPU. Nothing here prints.
 """
 
 from minference_jax.measure.attentions import (
