@@ -13,14 +13,15 @@ from minference_jax.measure.attentions import (
     takes_granularity,
 )
 from minference_jax.measure.comparison import Answer, Comparison, Side, Step, compare, greedy_tokens, steps_of
-from minference_jax.measure.device import device_name, peak_memory
+from minference_jax.measure.device import device_name, host_peak, peak_memory, reset_host_peak
 from minference_jax.measure.prompts import Prompt, encode_question
-from minference_jax.measure.timing import PrefillTimer
+from minference_jax.measure.timing import CallTimer, PrefillTimer
 
 __all__ = [
     "DENSE",
     "SIZES",
     "Answer",
+    "CallTimer",
     "ChosenAttention",
     "Comparison",
     "PrefillTimer",
@@ -33,7 +34,9 @@ __all__ = [
     "device_name",
     "encode_question",
     "greedy_tokens",
+    "host_peak",
     "peak_memory",
+    "reset_host_peak",
     "steps_of",
     "takes_granularity",
 ]
