@@ -66,6 +66,11 @@ class CallTimer:
         self.result = self._call()
         self.seconds.append(time.perf_counter() - start)
 
+    def run_untimed(self) -> None:
+        """One more call whose time does not count."""
+        self.__dict__.pop("result", None)
+        self.result = self._call()
+
     def take(self) -> Any:
         """Hands over the result of the last call: the timer does not hold it any more."""
         result = self.result
