@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from minference_jax.bench.prefill_table import prefill_table
 from minference_jax.bench.records import attention_table, groups, milliseconds, read, with_block
 
 ROOT = Path(__file__).parent.parent
@@ -25,10 +26,17 @@ def updated() -> dict[Path, str]:
 def _updated_readme(text: str, headline: str) -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", headline)
+    text = with_block(text, "prefill", prefill_section(results / "prefill.jsonl"))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
+
+
+def prefill_section(path: Path) -> str:
+    """Markdown: whole prefills, under a heading; empty where none are recorded."""
+    table = prefill_table(read(path)) if path.exists() else ""
+    return f"### Whole prefills\n\n{table}" if table else ""
 
 
 def headline_table(records: list[dict[str, Any]]) -> str:
