@@ -95,6 +95,6 @@ def _few_queries(q, k, v, scale, q_offset, kv_len) -> tuple[Array, Array]:
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     v = jnp.where((key < kv_len[:, None])[..., None, None], v, 0)  # a weight of zero does not hide a NaN
-    out = product("bkgts,bskh->btkgh", (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype), v)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
+    out = product("bkgts,bskh->btkgh", (weights / jnp.where(total != 0, total, 1.0)).astype(v.dtype), v)
+    lse = jnp.where(total != 0, top + jnp.log(jnp.where(total != 0, total, 1.0)), -jnp.inf)[..., 0]
     return out.reshape(q.shape).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])

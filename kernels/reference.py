@@ -25,7 +25,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float) -> tup
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
+    weights = weights / jnp.where(total != 0, total, 1.0)
     out = jnp.einsum("bnts,bsnh->btnh", weights.astype(q.dtype), v, precision="highest")
-    lse = jnp.where(total > 0, jnp.log(total) + top, -jnp.inf)[..., 0]
+    lse = jnp.where(total != 0, jnp.log(total) + top, -jnp.inf)[..., 0]
     return out.astype(q.dtype), lse.swapaxes(1, 2)

@@ -62,6 +62,6 @@ def update(
 
 def finish(acc: Accumulator) -> tuple[Array, Array]:
     """Output float32 [R, H] and lse float32 [R]; rows that saw no key give zeros and -inf."""
-    seen = acc.total > 0
+    seen = acc.total != 0
     out = jnp.where(seen[:, None], acc.out / jnp.where(seen, acc.total, 1.0)[:, None], 0.0)
     return out, jnp.where(seen, acc.top + jnp.log(jnp.where(seen, acc.total, 1.0)), -jnp.inf)

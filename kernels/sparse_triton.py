@@ -294,7 +294,7 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
         acc = add_blocks(acc, listed.bounds, lambda j: listed.starts[tile, j] * block_kv)
     if columns is not None:
         acc = lax.fori_loop(0, (columns.counts[tile] + block_kv - 1) // block_kv, add_columns, acc)
-    is_real = (row < kv_len) & (acc.total > 0)
+    is_real = (row < kv_len) & (acc.total != 0)
     total = jnp.where(is_real, acc.total, 1.0)
     is_real &= window >= 0
     nothing = jnp.sqrt(jnp.minimum(window, 0).astype(jnp.float32))  # NaN where the window says so, else 0

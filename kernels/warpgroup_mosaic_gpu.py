@@ -207,7 +207,7 @@ class Warpgroup(NamedTuple):
         program, (q_raw, q_tiled) = self.program, self.program.held["q"]
         sequence, head, _ = program.place
         window = program.inputs.windows[sequence, head]
-        has_keys = acc.total > 0
+        has_keys = acc.total != 0
         total = jnp.where(has_keys, acc.total, 1.0)
         row = plgpu.broadcasted_iota(jnp.int32, (HALF, CHUNK), 0, layout=_LAYOUT)
         real = program.inputs.lengths[sequence, 1] - program.start - self.number * HALF

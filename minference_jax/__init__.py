@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         sparse_attention,
         vertical_slash_attention,
     )
+    from minference_jax.compilation import use_compilation_cache
     from minference_jax.convert.checkpoint import convert_model, load_parameters
     from minference_jax.convert.export import export_model
     from minference_jax.evaluate import (
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
         ruler_samples,
         summarize,
     )
-    from minference_jax.generate import LanguageModel, PrefillResult, load_prefill, save_prefill
+    from minference_jax.generate import (
+        CompiledProgram,
+        LanguageModel,
+        PrefillResult,
+        compile_ahead,
+        load_prefill,
+        save_prefill,
+    )
     from minference_jax.inspection import Inspection, inspect_attention
     from minference_jax.loading import load
     from minference_jax.patterns import (
@@ -54,6 +62,7 @@ __all__ = [
     "DEFAULT_PATTERN",
     "AShape",
     "BlockSparse",
+    "CompiledProgram",
     "Contender",
     "Dense",
     "HeadPattern",
@@ -71,6 +80,7 @@ __all__ = [
     "a_shape_attention",
     "block_sparse_attention",
     "calibration_prompts",
+    "compile_ahead",
     "convert_model",
     "dense_attention",
     "evaluate_answers",
@@ -92,11 +102,13 @@ __all__ = [
     "sparse_attention",
     "summarize",
     "uniform_patterns",
+    "use_compilation_cache",
     "vertical_slash_attention",
     "write_patterns",
 ]
 
 _MODULES = {
+    "CompiledProgram": "generate",
     "Contender": "evaluate",
     "Inspection": "inspection",
     "LanguageModel": "generate",
@@ -107,6 +119,7 @@ _MODULES = {
     "a_shape_attention": "attention",
     "block_sparse_attention": "attention",
     "calibration_prompts": "search",
+    "compile_ahead": "generate",
     "convert_model": "convert.checkpoint",
     "dense_attention": "attention",
     "evaluate_answers": "evaluate",
@@ -125,6 +138,7 @@ _MODULES = {
     "search_patterns": "search",
     "sparse_attention": "attention",
     "summarize": "evaluate",
+    "use_compilation_cache": "compilation",
     "vertical_slash_attention": "attention",
 }  # every other name is in patterns
 

@@ -198,6 +198,16 @@ def test_output_ignores_keys_beyond_kv_len(implementation):
 
 
 @IMPLEMENTATIONS
+def test_a_nan_that_is_read_shows(implementation):
+    q, k, v = make()
+    k = k.at[:, 100].set(jnp.nan)
+    pattern = AShape(sink_size=5, window_size=70)
+    out, lse = attention.sparse_attention(q, k, v, pattern, return_lse=True, implementation=implementation)
+    for result in (out.sum(axis=(0, 2, 3)), lse.sum(axis=(0, 2))):
+        np.testing.assert_array_equal(np.isnan(result), np.isin(np.arange(q.shape[1]), np.arange(100, 170)))
+
+
+@IMPLEMENTATIONS
 def test_padding_rows_are_zero_with_lse_of_minus_infinity(implementation):
     q, k, v = make()
     out, lse = attention.sparse_attention(

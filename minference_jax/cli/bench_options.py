@@ -56,7 +56,7 @@ def _add_prefill(suites: Any) -> None:
         help="a whole model at several lengths, with a random prompt",
         description="Time prefills of a whole model, dense against sparse in turn, and their parts.",
     )
-    parser.set_defaults(module="bench_prefill_command")
+    parser.set_defaults(module="bench_prefill_command", compilation_cache=None)  # compilation is measured, too
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=SHAPES, help="a model of this shape with random weights, made on the device")
     which.add_argument("--model", metavar="MODEL", help="a model with its own weights: what load takes")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from minference_jax.cli.progress import ByteBars, wants_bars
+from minference_jax.compilation import use_compilation_cache
 from minference_jax.convert.default_model import MODEL_NAME
 from minference_jax.convert.hf_tokenizer import import_transformers
 from minference_jax.generate import LanguageModel
@@ -28,12 +29,14 @@ def model_name(arguments: argparse.Namespace) -> str:
 
 
 def load_model(arguments: argparse.Namespace) -> LanguageModel:
-    """The model with the patterns that the options ask for, with progress bars.
+    """The model with the patterns that the options ask for, with progress bars; a cache of programs is used from here.
 
     Raises:
         ValueError, OSError: as `load`; --pattern without attention that reads it.
     """
     check_pattern_option(arguments)
+    if arguments.compilation_cache is not None:
+        use_compilation_cache(arguments.compilation_cache or None)
     import_transformers().logging.set_verbosity_error()  # its advice is for programmers
     with ByteBars(wants_bars(arguments.progress)) as progress:
         options = {"dtype": arguments.dtype, "patterns": arguments.pattern, "tiles": arguments.tiles}

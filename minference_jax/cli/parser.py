@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from minference_jax.cli.values import positive
+from minference_jax.cli.values import not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
@@ -58,6 +58,7 @@ def build_parser(program: str) -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_prefill(commands)
     _add_generate(commands)
+    _add_compile(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_patterns(commands)
@@ -100,6 +101,25 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the random draws, where temperature is above 0 (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+
+
+def _add_compile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="compile a model's programs ahead of time, and tell the memory that they take",
+        description="Compile what reads prompts of some lengths, so that a later process starts at once, and print the "
+        "device memory that each program takes: what goes in (weights, cache), comes out (cache), and is there in "
+        "between. Nothing is run.",
+    )
+    parser.set_defaults(module="compile_command")
+    add_model(parser)
+    parser.add_argument("--lengths", type=positive, nargs="+", required=True, metavar="N", help="tokens of prompts")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
+    parser.add_argument(
+        "--max-new-tokens", type=not_negative, default=256, metavar="N", help="most tokens of an answer, 0 = none (256)"
+    )
+    parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time (all)")
+    add_attention(parser)
 
 
 def _add_convert(commands: Any) -> None:
@@ -178,6 +198,13 @@ def add_model(parser: Parser) -> None:
     """Adds the options that choose a model."""
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    parser.add_argument(
+        "--compilation-cache",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="keep compiled programs there, for later processes; without FOLDER in this user's cache",
+    )
     add_progress(parser)
 
 

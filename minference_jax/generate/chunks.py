@@ -49,14 +49,40 @@ def prefill_in_chunks(
         attend: how to attend; it must honour q_offset.
         chunk_size: tokens of a chunk.
     """
-    capacity = -(-tokens.shape[1] // chunk_size) * chunk_size
+    capacity = capacity_of(tokens.shape[1], chunk_size)
     padded = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
     read = _nothing_read(graph, state, len(tokens), capacity, is_sparse=patterns is not None)
+    leaf = jax.tree.leaves(state)[0]
+    if leaf.committed:  # as what each chunk makes is: else the first would have a program of its own
+        read = jax.device_put(read, leaf.sharding)
     for start in range(0, int(lengths.max()), chunk_size):
         counts = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
         chunk = padded[:, start : start + chunk_size]
         read = _read_chunk(graph, state, chunk, counts, _share(lengths, start, counts), lengths, patterns, read, attend)
     return read
+
+
+def capacity_of(bucket: int, chunk_size: int | None) -> int:
+    """Tokens that the cache of a prefill has room for: whole chunks, or the bucket where there are none."""
+    return bucket if chunk_size is None else -(-bucket // chunk_size) * chunk_size
+
+
+def shapes_of_read(
+    graph: Any, state: Any, batch: int, bucket: int, chunk_size: int, *, is_sparse: bool
+) -> PrefillResult:
+    """Shapes of what `prefill_in_chunks` hands from chunk to chunk."""
+    make = partial(_nothing_read, graph, batch=batch, capacity=capacity_of(bucket, chunk_size), is_sparse=is_sparse)
+    return jax.eval_shape(lambda state: make(state=state), state)
+
+
+def lower_chunk(
+    graph: Any, state: Any, patterns: PatternArrays | None, read: PrefillResult, attend: Attend, chunk_size: int
+) -> Any:
+    """The program of `prefill_in_chunks`, not yet compiled; `read` as `shapes_of_read`, other arguments as there."""
+    batch = read.logits.shape[0]
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens, share = jax.ShapeDtypeStruct((batch, chunk_size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.float32)
+    return _read_chunk.lower(graph, state, tokens, rows, share, rows, patterns, read, attend)
 
 
 def _share(lengths: np.ndarray, start: int, counts: np.ndarray) -> np.ndarray:

@@ -20,8 +20,8 @@ from minference_jax.generate.streaming import TextPieces, decode_text, text_piec
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
 from minference_jax.kernels.tiles import TileConfig
-from minference_jax.models import Decoder
-from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
+from minference_jax.models import Attend, Decoder
+from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 from minference_jax.tile_table import TileTable
 
 
@@ -138,7 +138,7 @@ class LanguageModel:
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         check_chunk_size(chunk_size)
         whole = chunk_size is None or lengths.max() <= chunk_size
-        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
+        attend, arrays = self.choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
             if chunk_size is not None and not whole:
                 return prefill_in_chunks(self._graph, self._state, tokens, lengths, arrays, attend, chunk_size)
@@ -165,7 +165,7 @@ class LanguageModel:
         tokens, lengths = pad_prompts([prompt], vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         if lengths[0] < 2:
             raise ValueError("a prompt of one token has no token after another: score needs at least two")
-        arrays, attend = self._choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
+        attend, arrays = self.choose(tokens.shape[1], attention, pattern, slash_granularity, implementation)
         with memory_for(f"a prefill of 1 x {tokens.shape[1]} tokens"):
             found = score_tokens(self._graph, self._state, tokens, lengths, arrays, attend)
         log_probs, greedy = (np.asarray(x[0, : lengths[0] - 1]) for x in found[:2])
@@ -206,23 +206,29 @@ class LanguageModel:
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
             self.check_room([length], count)
         capacity = max(prefilled.cache.capacity, bucket_length(int(lengths.max()) + padded.shape[1]))
-        arrays, attend = self._choose(capacity, attention, pattern, slash_granularity, implementation, False)
+        attend, arrays = self.choose(capacity, attention, pattern, slash_granularity, implementation, False)
         with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
             cache = extend_cache(prefilled.cache, capacity)
             read = read_more(self._graph, self._state, padded, counts, cache, arrays, attend)
             return read if arrays is not None else read._replace(density=prefilled.density)
 
-    def _choose(self, length, attention, pattern, slash_granularity, implementation, whole_prompt=True):
-        """The pattern arrays [L, N] and the way to attend that a prefill of so many padded tokens asks for."""
+    def choose(
+        self,
+        length: int,
+        attention: str,
+        pattern: HeadPattern | ModelPatterns | None,
+        slash_granularity: SlashGranularity,
+        implementation: str | None,
+        whole_prompt: bool = True,
+    ) -> tuple[Attend, PatternArrays | None]:
+        """`choose_attend` for a prefill of so many padded tokens by this model; other arguments as in `prefill`."""
         tiles = None
         if attention != "dense":
             sparse, tiles = self.sparse_on_device(implementation)
         if attention == "auto":
             attention, pattern = resolve_auto(pattern, patterns=self.patterns, length=length, implementation=sparse)
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation, "tiles": tiles}
-        how["whole_prompt"] = whole_prompt
-        attend, arrays = choose_attend(attention, pattern, patterns=self.patterns, **how)
-        return arrays, attend
+        return choose_attend(attention, pattern, patterns=self.patterns, **how, whole_prompt=whole_prompt)
 
     def sparse_on_device(self, implementation: str | None) -> tuple[Implementation, TileConfig | None]:
         """What computes sparse attention here and its measured tiles, None = by rule; raises as `prefill`."""

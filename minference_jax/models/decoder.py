@@ -14,7 +14,7 @@ from jax import lax
 from minference_jax.cache import KVCache, write_layer
 from minference_jax.models.config import DecoderConfig
 from minference_jax.models.layers import Attend, Embedding, Linear, RMSNorm, dense_attend
-from minference_jax.models.rope import rotate, rotation_angles
+from minference_jax.models.rope import Rotation, rotation_angles
 
 
 class Decoder(nnx.Module):
@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
             self.layers,
             self.embed(tokens),
             cache,
-            rotate=self._rotation(count, cache.length, rope_lengths),
+            rotation=self._rotation(count, cache.length, rope_lengths),
             attend=attend,
             layer_inputs=layer_inputs,
             lengths=lengths,
@@ -147,13 +147,13 @@ class Decoder(nnx.Module):
         rope_lengths = kv_len if rope_lengths is None else rope_lengths
         return layer(x, self._rotation(x.shape[1], start, rope_lengths), attend_prompt)
 
-    def _rotation(self, count: int, start: jax.Array, lengths: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    def _rotation(self, count: int, start: jax.Array, lengths: jax.Array) -> Rotation:
         """What turns queries and keys of `count` tokens from position `start` [B] on, `lengths` [B] tokens in all."""
         config, rope = self.config, self.config.rope
         positions = start[:, None] + jnp.arange(count, dtype=jnp.int32)
         size = rope.rotary_dim(config.head_dim)
         cos, sin = rotation_angles(rope, size, config.max_position_embeddings, positions, lengths)
-        return lambda heads: rotate(heads, cos, sin, interleaved=rope.interleaved)
+        return Rotation(cos, sin, rope.interleaved)
 
 
 def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
@@ -178,7 +178,7 @@ def run_layers(
     x: jax.Array,
     cache: KVCache,
     *,
-    rotate: Callable[[jax.Array], jax.Array],
+    rotation: Rotation,
     attend: Attend,
     layer_inputs: Any,
     lengths: jax.Array,
@@ -189,10 +189,10 @@ def run_layers(
     The cache is carried through the scan, not stacked by it, so that a step writes its own tokens and copies nothing.
 
     Args:
-        layers: from `stack_layers`; called as layer(x, rotate, attend).
+        layers: from `stack_layers`; called as layer(x, rotation, attend).
         x: embedded tokens [B, T, D].
         cache: tokens read so far; the new ones start at `cache.length`.
-        rotate: position embedding of queries and keys.
+        rotation: of queries and keys, for their positions.
         attend: how to attend.
         layer_inputs: pytree with leading axis L, one slice for each layer's `attend`; None = nothing.
         lengths: int32 [B], true number of new tokens.
@@ -216,7 +216,7 @@ def run_layers(
             out, aux = attend(q, all_k, all_v, layer_input, scale=scale, q_offset=cache.length, kv_len=kv_len)
             return out, (new_keys, new_values, aux)
 
-        x, (keys, values, aux) = nnx.merge(graph, layer_parameters)(x, rotate, write_and_attend)
+        x, (keys, values, aux) = nnx.merge(graph, layer_parameters)(x, rotation, write_and_attend)
         return (x, keys, values), aux
 
     indices = jnp.arange(cache.k.shape[0], dtype=jnp.int32)

@@ -43,13 +43,12 @@ class GlmLayer(PreNormLayer):
         self.attention_output_norm = norm() if config.output_norms else None
         self.mlp_output_norm = norm() if config.output_norms else None
 
-    def __call__(self, x, rotate, attend):
+    def add_outputs(self, x: jax.Array, heads: jax.Array) -> jax.Array:
         """As `PreNormLayer`."""
         if self.attention_output_norm is None or self.mlp_output_norm is None:
-            return super().__call__(x, rotate, attend)
-        out, extras = self.attention(self.input_norm(x), rotate, attend)
-        x = x + self.attention_output_norm(out)
-        return x + self.mlp_output_norm(self.mlp(self.post_attention_norm(x))), extras
+            return super().add_outputs(x, heads)
+        x = x + self.attention_output_norm(self.attention.output(heads))
+        return x + self.mlp_output_norm(self.mlp(self.post_attention_norm(x)))
 
 
 class Glm(Decoder):

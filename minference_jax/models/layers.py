@@ -15,8 +15,32 @@ from flax import nnx
 
 from minference_jax.attention import dense_attention
 from minference_jax.models.config import DecoderConfig
+from minference_jax.models.rope import Rotation, rotate
 
 INIT_SCALE = 0.02  # standard deviation of random kernels and embeddings
+TOKENS_AT_ONCE = 16384
+"""Tokens, of all rows together, for which the wide activations of a layer exist at a time."""
+
+
+def per_token(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """A function of single tokens over all tokens of a batch, TOKENS_AT_ONCE at a time.
+
+    What it needs meanwhile, such as the MLP's activations, then takes the memory of so many tokens, however long the
+    prompt.
+
+    Args:
+        function: arrays [..., features] -> pytree of arrays [..., features]; each token's result is its own.
+        arrays: [B, T, ...].
+
+    Returns:
+        What `function` gives, [B, T, ...].
+    """
+    batch, count = arrays[0].shape[:2]
+    if batch * count <= TOKENS_AT_ONCE:
+        return function(*arrays)
+    rows = tuple(array.reshape(batch * count, *array.shape[2:]) for array in arrays)
+    out = jax.lax.map(lambda row: function(*row), rows, batch_size=TOKENS_AT_ONCE)
+    return jax.tree.map(lambda array: array.reshape(batch, count, *array.shape[1:]), out)
 
 
 class Attend(Protocol):
@@ -136,7 +160,7 @@ class MLP(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around grouped-query attention; the attention itself arrives with the call.
+    """Projections around grouped-query attention, each of single tokens; the attention itself comes between them.
 
     Args:
         hidden_size: D.
@@ -169,25 +193,20 @@ class Attention(nnx.Module):
         self.q_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rotate: Callable[[jax.Array], jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> (out [B, T, D], what `attend` returned beside its output).
-
-        Args:
-            x: normalised hidden state.
-            rotate: position embedding of queries and keys [B, T, heads, H].
-            attend: (q, k, v) of the new tokens -> (out [B, T, N, H], anything).
-        """
-        heads = (*x.shape[:2], -1, self.head_dim)
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalised hidden states [..., D] -> queries [..., N, H], keys and values [..., K, H]; see `rotate`."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, extras = attend(rotate(q), rotate(k), v)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), extras
+        q, k = (rotate(heads, cos, sin, interleaved=interleaved) for heads in (q, k))
+        return q, k, v
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        """What attention gives [..., N, H] -> [..., D]."""
+        return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
 
 
 class PreNormLayer(nnx.Module):
@@ -230,10 +249,24 @@ class PreNormLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotate: Callable[[jax.Array], jax.Array],
+        rotation: Rotation,
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> (x [B, T, D], what `attend` returned beside its output); arguments as in `Attention`."""
-        out, extras = self.attention(self.input_norm(x), rotate, attend)
-        x = x + out
-        return x + self.mlp(self.post_attention_norm(x)), extras
+        """x [B, T, D] -> (x [B, T, D], what `attend` returned beside its output).
+
+        Args:
+            x: hidden states.
+            rotation: of the tokens' queries and keys.
+            attend: (q, k, v) of the new tokens -> (out [B, T, N, H], anything).
+        """
+
+        def project(x, cos, sin):
+            return self.attention.project(self.input_norm(x), cos, sin, interleaved=rotation.interleaved)
+
+        heads, extras = attend(*per_token(project, x, rotation.cos, rotation.sin))
+        return per_token(self.add_outputs, x, heads), extras
+
+    def add_outputs(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        """The residual stream [..., D] with what attention gave, [..., N, H], and what the MLP makes of it."""
+        x = x + self.attention.output(heads)
+        return x + self.mlp(self.post_attention_norm(x))

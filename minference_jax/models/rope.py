@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,21 +237,35 @@ def rotation_angles(
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
-    """Rotates the first R dimensions of x [B, T, N, H] in pairs; computed in float32, returned in x's dtype.
+class Rotation(NamedTuple):
+    """How the heads of some tokens turn; see `rotate`.
 
-    Args:
-        x: queries or keys [B, T, N, H].
-        cos, sin: float32 [B, T, R // 2], from `rotation_angles`; R is at most H.
+    Attributes:
+        cos, sin: float32 [B, T, R // 2].
         interleaved: whether the pairs are (2i, 2i + 1) instead of (i, i + R // 2).
     """
-    cos, sin = cos[:, :, None], sin[:, :, None]
+
+    cos: jax.Array
+    sin: jax.Array
+    interleaved: bool
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotates the first R dimensions of x [..., N, H] in pairs; computed in float32, returned in x's dtype.
+
+    Args:
+        x: queries or keys [..., N, H].
+        cos, sin: float32 [..., R // 2], from `rotation_angles`; R is at most H.
+        interleaved: whether the pairs are (2i, 2i + 1) instead of (i, i + R // 2).
+    """
+    cos, sin = cos[..., None, :], sin[..., None, :]
     size = 2 * cos.shape[-1]
     turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = jnp.split(turned, 2, axis=-1)
-    pair = [first * cos - second * sin, second * cos + first * sin]
-    out = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
-    return jnp.concatenate([out.astype(x.dtype), rest], axis=-1)
+    pair = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)]
+    if interleaved:
+        pair = [jnp.stack(pair, axis=-1).reshape(turned.shape)]
+    return jnp.concatenate([*pair, rest], axis=-1)

@@ -122,6 +122,15 @@ def test_dense_attention_is_the_oracles(where):
 
 
 @pytest.mark.gpu
+def test_a_nan_that_is_read_shows():
+    q, k, v = make(T=500)
+    how = {"return_lse": True, "implementation": "mosaic_gpu"}
+    out, lse = attention.sparse_attention(q, k.at[:, 100].set(jnp.nan), v, AShape(sink_size=5, window_size=170), **how)
+    for result in (out.sum(axis=(0, 2, 3)), lse.sum(axis=(0, 2))):
+        np.testing.assert_array_equal(np.isnan(result), np.isin(np.arange(500), np.arange(100, 270)))
+
+
+@pytest.mark.gpu
 def test_vmap_is_a_batch():
     q, k, v = make(T=300, B=2)
     run = functools.partial(attention.vertical_slash_attention, implementation="mosaic_gpu")
