@@ -33,10 +33,18 @@ def _updated_readme(text: str, headline: str) -> str:
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
 
 
-def prefill_section(path: Path) -> str:
-    """Markdown: whole prefills, under a heading; empty where none are recorded."""
+def prefill_section(path: Path, plots: Path = ROOT / "benchmarks" / "plots") -> str:
+    """Markdown: whole prefills, under a heading, with their pictures; empty where none are recorded."""
     table = prefill_table(read(path)) if path.exists() else ""
-    return f"### Whole prefills\n\n{table}" if table else ""
+    if not table:
+        return ""
+    kinds = {"times": "Seconds of whole prefills by length", "parts": "Parts of whole prefills"}
+    shown = [
+        f"![{what}](benchmarks/plots/{file.name})"
+        for kind, what in kinds.items()
+        for file in sorted(plots.glob(f"*_prefill_{kind}.png"))
+    ]
+    return "\n\n".join(["### Whole prefills", table, *shown])
 
 
 def headline_table(records: list[dict[str, Any]]) -> str:

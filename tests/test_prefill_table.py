@@ -54,12 +54,15 @@ def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():
     assert prefill_table.prefill_table([]) == prefill_table.prefill_table([{**example(), "suite": "models"}]) == ""
 
 
-def test_there_is_no_section_without_records(tmp_path):
+def test_a_section_has_table_and_pictures_and_there_is_none_without_records(tmp_path):
     section = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))["prefill_section"]
-    assert section(tmp_path / "none.jsonl") == ""
+    assert section(tmp_path / "none.jsonl", tmp_path) == ""
     for one in pair():
         records.append(tmp_path / "some.jsonl", one)
-    assert section(tmp_path / "some.jsonl").startswith("### Whole prefills\n\n| tokens |")
+    (tmp_path / "a_gpu_prefill_times.png").touch()
+    text = section(tmp_path / "some.jsonl", tmp_path)
+    assert text.startswith("### Whole prefills\n\n| tokens |")
+    assert text.endswith("\n\n![Seconds of whole prefills by length](benchmarks/plots/a_gpu_prefill_times.png)")
 
 
 def test_plots_are_drawn_of_whole_prefills(tmp_path):

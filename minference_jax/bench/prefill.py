@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -58,7 +57,7 @@ class Subject(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One way to prefill at one length; `facts` is what its first call tells beside its time."""
+    """One way to prefill at one length; `facts` is what is found beside the times of its runs."""
 
     name: str
     timer: CallTimer
@@ -147,8 +146,7 @@ class PrefillBench:
         sides: dict[str, _Side] = {}
         for name, timer in self._timers(tokens).items():
             repeats = self._repeats.get(name, self._default_repeats)
-            side = _Side(name, timer, Meter(self._joules), repeats, {})
-            sides[name] = side
+            side = sides[name] = _Side(name, timer, Meter(self._joules), repeats, {})
             yield from self._guarded(sides, side, length, self._begin)
         for number in range(max(self._default_repeats, *self._repeats.values())):
             for side in [side for side in sides.values() if number < side.repeats]:
@@ -176,11 +174,9 @@ class PrefillBench:
                     return prefill_in_chunks(graph, state, padded, lengths, None, no_attention, chunk_size)
                 return prefill(graph, state, padded, lengths, None, no_attention)
 
-        chosen = {one.name: PrefillTimer(self._model, tokens, one, chunk_size=chunk_size) for one in self._both()}
+        both = (self._sparse, DENSE)
+        chosen = {one.name: PrefillTimer(self._model, tokens, one, chunk_size=chunk_size) for one in both}
         return {"linear": CallTimer(linear), **chosen}
-
-    def _both(self) -> tuple[ChosenAttention, ChosenAttention]:
-        return self._sparse, DENSE
 
     def _begin(self, side: _Side) -> None:
         """Compiles and warms; notes density."""
@@ -316,6 +312,6 @@ def _add_joules(side: _Side) -> None:
         end = time.perf_counter() + 2 * LEAST_SECONDS
         while time.perf_counter() < end:
             side.timer.run_untimed()
-            jax.block_until_ready(side.timer.take())
+            side.timer.take()
             count += 1
     side.facts["joules"] = row.joules[0] / count  # type: ignore[operator]

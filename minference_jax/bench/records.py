@@ -38,7 +38,8 @@ Suite "prefill", whole prefills: ms, compile_ms and all else are of the `layers`
 more, `model_layers`, extrapolated_ms = ms * model_layers / layers, which was not measured. linear_ms is a prefill whose
 attention gives back its queries: everything but attention, with the embedding, the writes to the cache and the logits.
 cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
-every layer, on that layer's own arrays, and summed; what ms has beyond linear_ms, index_ms and kernel_ms is in no part.
+every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
+less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.
 lists: what the lists were estimated from, live, in each prefill. peak_bytes: of the device, seen during the case's own
 timed runs. host_peak_bytes: of the process, in these runs where host_peak_of is "case", since it began where it is
 "process". joules: of the whole card in one prefill, mean.
