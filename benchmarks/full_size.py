@@ -21,42 +21,13 @@ from safetensors.numpy import save_file
 
 from minference_jax import VerticalSlash, load
 from minference_jax.bench.records import append, peak_bytes, record
+from minference_jax.bench.shapes import SHAPES
 from minference_jax.convert.checkpoint import convert_model
 from minference_jax.convert.hf_config import read_config
 from minference_jax.convert.hf_names import hf_shape, hf_tensors
 
 RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"
 SHARD_BYTES = 2**31
-_COMMON: dict[str, Any] = {"hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128, "eos_token_id": 0}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama3-8b": _COMMON
-    | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 283461213.0,
-        "max_position_embeddings": 262144,
-        "attention_bias": False,
-    },
-    "glm4-9b": _COMMON
-    | {
-        "architectures": ["GlmForCausalLM"],
-        "model_type": "glm",
-        "vocab_size": 151552,
-        "intermediate_size": 13696,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1.5625e-07,
-        "rope_theta": 1e8,
-        "partial_rotary_factor": 0.5,
-        "max_position_embeddings": 1048576,
-        "attention_bias": True,
-    },
-}
 
 
 def write_folder(folder: Path, fields: dict[str, Any]) -> None:
@@ -87,15 +58,17 @@ def write_folder(folder: Path, fields: dict[str, Any]) -> None:
 def main() -> None:
     """Writes, converts, loads and prefills, and records each step."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=CONFIGS)
+    parser.add_argument("model", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    fields = dict(CONFIGS[options.model])
+    fields = dict(SHAPES[options.model])
     fields["num_hidden_layers"] = options.layers or fields["num_hidden_layers"]
-    shape = {"num_heads": 32, "num_kv_heads": fields["num_key_value_heads"], "head_dim": 128, "dtype": "bfloat16"}
+    config = read_config(fields)
+    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    shape |= {"dtype": "bfloat16"}
     case = f"{options.model}, {fields['num_hidden_layers']} layers"
 
     def timed(step: str, run: Callable[[], Any], **measured: Any) -> Any:

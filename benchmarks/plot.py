@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from minference_jax.bench.prefill_table import label, prefill_groups
 from minference_jax.bench.records import groups, read
 
 FOLDER = Path(__file__).parent
@@ -77,6 +78,71 @@ def draw_shares(group):
     return figure
 
 
+def draw_prefill_times(group):
+    """A figure with seconds of whole prefills by length: dense, sparse, and without attention."""
+    lines = {}
+    for pair in group:
+        for name, row, field in (
+            ("dense", pair.dense, "ms"),
+            (label(pair.any), pair.sparse, "ms"),
+            ("without attention", pair.any, "linear_ms"),
+        ):
+            if row is not None and row[field] is not None:
+                lines.setdefault(name, {})[row["length"]] = row[field] / 1e3
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        style = "x--" if name in ("dense", "without attention") else "o-"
+        axes.plot(sorted(points), [points[length] for length in sorted(points)], style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    return figure
+
+
+def draw_prefill_parts(group):
+    """A figure with the parts of dense and sparse prefills, each timed alone, or None where none are known."""
+    rows = [row for pair in group for row in pair if row is not None and row["kernel_ms"] and row["linear_ms"]]
+    if not rows:
+        return None
+    figure = Figure(figsize=(max(6, 1.5 + len(rows)), 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    places, bottom = range(len(rows)), [0.0] * len(rows)
+    names = {"without attention": "linear_ms", "estimate and layout": "index_ms", "attention": "kernel_ms"}
+    for name, field in names.items():
+        values = [(row[field] or 0.0) / row["ms"] for row in rows]
+        axes.bar(places, values, bottom=bottom, label=name)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    axes.axhline(1, color="black", linewidth=0.8, label="the whole prefill")
+    names = [f"{row['length']:,}\n{'dense' if row['attention'] == 'dense' else 'sparse'}" for row in rows]
+    axes.set_xticks(list(places), names, fontsize="x-small")
+    axes.set_ylabel("part, timed alone : whole prefill")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="x-small")
+    return figure
+
+
+def draw_prefills(records, folder, suffix="png"):
+    """Writes the figures of the prefill suite for each model, device and commit, and gives their paths."""
+    paths = []
+    for group in prefill_groups(records):
+        row = group[0].any
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = f"chunks {row['chunk_size']}" if row["chunk_size"] else ""
+        layers = f"{row['layers']} of {row['model_layers']} layers"
+        name = f"{row['device']} {row['commit']} {row['case']} {row['dtype']} {row['layers']} {chunks}"
+        place = re.sub(r"\W+", "_", name).strip("_")
+        for kind, figure in {"times": draw_prefill_times(group), "parts": draw_prefill_parts(group)}.items():
+            if figure is not None:
+                title = f"{row['case']}, {layers}, {row['dtype']}, {row['device']}, commit {row['commit']}"
+                figure.suptitle(title, fontsize="small", x=0.02, ha="left")
+                paths.append(folder / f"{place}_prefill_{kind}.{suffix}")
+                figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
 def draw(records, folder, suffix="png"):
     """Writes the figures of each device and commit into the folder and gives their paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +165,12 @@ def draw(records, folder, suffix="png"):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER / "results" / "attention.jsonl")
+    parser.add_argument("--prefills", type=Path, default=FOLDER / "results" / "prefill.jsonl")
     parser.add_argument("--folder", type=Path, default=FOLDER / "plots")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     arguments = parser.parse_args()
-    for path in draw(read(arguments.results), arguments.folder, arguments.format):
+    paths = draw(read(arguments.results), arguments.folder, arguments.format)
+    if arguments.prefills.exists():
+        paths += draw_prefills(read(arguments.prefills), arguments.folder, arguments.format)
+    for path in paths:
         print(path)

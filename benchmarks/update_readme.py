@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from minference_jax.bench.prefill_table import prefill_table
 from minference_jax.bench.records import attention_table, groups, milliseconds, read, with_block
 
 ROOT = Path(__file__).parent.parent
@@ -31,11 +32,26 @@ def updated() -> dict[Path, str]:
 def _updated_readme(text: str, headline: str) -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", headline)
+    text = with_block(text, "prefill", prefill_section(results / "prefill.jsonl"))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
     text = with_block(text, "evaluate", evaluate_table(_rows(results / "evaluate.jsonl")))
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
+
+
+def prefill_section(path: Path, plots: Path = ROOT / "benchmarks" / "plots") -> str:
+    """Markdown: whole prefills, under a heading, with their pictures; empty where none are recorded."""
+    table = prefill_table(read(path)) if path.exists() else ""
+    if not table:
+        return ""
+    kinds = {"times": "Seconds of whole prefills by length", "parts": "Parts of whole prefills"}
+    shown = [
+        f"![{what}](benchmarks/plots/{file.name})"
+        for kind, what in kinds.items()
+        for file in sorted(plots.glob(f"*_prefill_{kind}.png"))
+    ]
+    return "\n\n".join(["### Whole prefills", table, *shown])
 
 
 def headline_table(records: list[dict[str, Any]]) -> str:

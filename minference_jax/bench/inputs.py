@@ -50,11 +50,12 @@ def random_activations(case: Case, length: int, seed: int = 0) -> Activations:
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(length, count, case.head_dim) for count in heads]
-    return Activations(*(_normal(key, shape, case.dtype)[None] for key, shape in zip(keys, shapes, strict=True)))
+    return Activations(*(normal(key, shape, case.dtype)[None] for key, shape in zip(keys, shapes, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: Array, shape: tuple[int, ...], dtype: str) -> Array:
+def normal(key: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """Standard normal numbers of a shape, drawn some thousand rows of the first axis at a time, for memory."""
     steps = -(-shape[0] // _CHUNK)
     some = (-(-shape[0] // steps), *shape[1:])
     drawn = lax.map(lambda i: jax.random.normal(jax.random.fold_in(key, i), some).astype(dtype), jnp.arange(steps))

@@ -16,10 +16,11 @@ from minference_jax.implementations import device_of
 from minference_jax.measure import device_name
 
 FIELDS = (
-    *("suite", "case", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
-    *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype"),
-    *("density", "ms", "ms_spread", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
-    *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "joules"),
+    *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
+    *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype", "layers", "model_layers", "chunk_size"),
+    *("density", "ms", "ms_spread", "extrapolated_ms", "tokens_per_second", "compile_ms"),
+    *("linear_ms", "cache_ms", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
+    *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "host_peak_bytes", "host_peak_of", "joules"),
     *("device", "driver", "jax", "jaxlib", "commit", "date"),
 )
 """The same in every suite; null where a thing was not measured.
@@ -32,6 +33,16 @@ Frobenius norm over a query tile in half precision; in suite "models" the larges
 logit. In suite "search" it is that of a layer's attention output relative to dense attention's, mean over the layers.
 peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
 process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
+
+Suite "prefill", whole prefills: ms, compile_ms and all else are of the `layers` that were run; where the model has
+more, `model_layers`, extrapolated_ms = ms * model_layers / layers, which was not measured. linear_ms is a prefill whose
+attention gives back its queries: everything but attention, with the embedding, the writes to the cache and the logits.
+cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
+every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
+less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.
+lists: what the lists were estimated from, live, in each prefill. peak_bytes: of the device, seen during the case's own
+timed runs. host_peak_bytes: of the process, in these runs where host_peak_of is "case", since it began where it is
+"process". joules: of the whole card in one prefill, mean.
 """
 
 

@@ -1,4 +1,4 @@
-"""`minference-jax bench`."""
+"""`minference-jax bench attention`."""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import threading
 
 from minference_jax.cli.inputs import choose_attention, load_model
-from minference_jax.demo.energy import open_counter
 from minference_jax.demo.models import Models, labels_of
 from minference_jax.demo.runs import first_attention
 from minference_jax.demo.server import check_address, check_extra, serving
@@ -16,6 +16,7 @@ from minference_jax.demo.settings import Refused, Settings
 from minference_jax.generate import LanguageModel
 from minference_jax.implementations import named
 from minference_jax.measure import SIZES
+from minference_jax.measure.energy import open_counter
 
 _MOST_TOKENS = 8192  # or twice the length from which sparse attention pays on the device
 
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     first = models.get(models.labels[0])
     settings = _settings(arguments, first)
     _check_example(arguments.example_tokens, settings.max_prompt_tokens)
-    service = Service(settings, models, open_counter())
+    counter = open_counter(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    service = Service(settings, models, counter)
     example_tokens = arguments.example_tokens or settings.max_prompt_tokens // 2
     if is_open:
         attention = first_attention(first, example_tokens, settings.implementation)

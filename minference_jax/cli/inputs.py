@@ -34,14 +34,19 @@ def load_model(arguments: argparse.Namespace) -> LanguageModel:
     Raises:
         ValueError, OSError: as `load`; --pattern without attention that reads it.
     """
-    if arguments.pattern is not None and arguments.attention != "minference":
-        raise ValueError(f"--pattern goes with --attention minference, not with {arguments.attention}")
+    check_pattern_option(arguments)
     if arguments.compilation_cache is not None:
         use_compilation_cache(arguments.compilation_cache or None)
     import_transformers().logging.set_verbosity_error()  # its advice is for programmers
     with ByteBars(wants_bars(arguments.progress)) as progress:
         options = {"dtype": arguments.dtype, "patterns": arguments.pattern, "tiles": arguments.tiles}
         return load(arguments.model, **options, progress=progress)
+
+
+def check_pattern_option(arguments: argparse.Namespace) -> None:
+    """Refuses, with ValueError, --pattern without attention that reads it."""
+    if arguments.pattern is not None and arguments.attention != "minference":
+        raise ValueError(f"--pattern goes with --attention minference, not with {arguments.attention}")
 
 
 def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from minference_jax.cli.values import four_sizes, not_negative, positive
+from minference_jax.cli.values import not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
@@ -49,6 +49,7 @@ def build_parser(program: str) -> Parser:
     """The whole command line; parsed arguments have `module`, the one of this package that runs them."""
     # these take their tools from here
     from minference_jax.cli.analysis_options import add_inspect, add_search
+    from minference_jax.cli.bench_options import add_bench
     from minference_jax.cli.demo_options import add_demo
     from minference_jax.cli.evaluate_options import add_evaluate
 
@@ -63,7 +64,7 @@ def build_parser(program: str) -> Parser:
     _add_patterns(commands)
     add_search(commands)
     add_inspect(commands)
-    _add_bench(commands)
+    add_bench(commands)
     _add_autotune(commands)
     add_evaluate(commands)
     add_demo(commands)
@@ -170,33 +171,6 @@ def _add_patterns(commands: Any) -> None:
     command = actions.add_parser("resolve", help=does, description=f"{does.capitalize()}; no weights are read.")
     command.add_argument("model", metavar="MODEL", help="folder, GGUF file or hub id; nothing is downloaded")
     command.add_argument("file", metavar="PATH", help=PATTERN_HELP)
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench", help="measure this machine", description="Check against the oracle, then time sparse against dense."
-    )
-    parser.set_defaults(module="bench_command")
-    parser.add_argument("suite", choices=("attention",), help="attention: one layer at several lengths")
-    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="those so named, or with this in their names (all)")
-    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens (those of each case)")
-    parser.add_argument("--implementation", metavar="NAME", help="mosaic_gpu, triton or xla (the first that can)")
-    parser.add_argument(
-        "--tiles",
-        type=four_sizes,
-        metavar="BLOCK_Q,BLOCK_KV,WARPS,STAGES",
-        help="tile sizes in tokens, warps of a GPU program, stages of its pipeline; without it those that suit",
-    )
-    parser.add_argument(
-        "--activations", metavar="FILE", help="q, k and v of one layer (.npz), whose estimated lists are then read"
-    )
-    parser.add_argument(
-        "--repeats", type=positive, metavar="N", help="timed runs, after one that warms (3; on a GPU 8 below 256K)"
-    )
-    parser.add_argument(
-        "--baseline-repeats", type=positive, metavar="N", help="of dense attention (as --repeats; on a GPU 1 at 1M)"
-    )
-    parser.add_argument("--output", metavar="FILE", help="append the records to this file of JSON lines")
 
 
 def _add_autotune(commands: Any) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from minference_jax.demo.energy import LEAST_SECONDS
 from minference_jax.demo.jobs import Job
 from minference_jax.demo.settings import Settings
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.streaming import TextPieces
 from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, attention_of, compare
+from minference_jax.measure.energy import LEAST_SECONDS
 
 Joules = Callable[[], float | None]
 _BLOCK = 64  # keys

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import jax
 
-from minference_jax.demo.energy import EnergyCounter
 from minference_jax.demo.inspections import run_inspection
 from minference_jax.demo.jobs import Cancelled, Device, Job, done_now
 from minference_jax.demo.models import Models
@@ -29,6 +28,7 @@ from minference_jax.measure import (
     encode_question,
     takes_granularity,
 )
+from minference_jax.measure.energy import EnergyCounter
 
 ATTENTIONS = tuple(name for name in ATTENTION_NAMES if name != "dense")
 MOST_SIZE = 1_000_000  # tokens or blocks of a pattern

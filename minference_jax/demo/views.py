@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from minference_jax.demo.energy import LEAST_SECONDS
 from minference_jax.demo.inspections import InspectState, LeftOut
 from minference_jax.demo.runs import RunState, Side
 from minference_jax.measure import takes_granularity
+from minference_jax.measure.energy import LEAST_SECONDS
 
 _WORDS = re.compile(r"\w+\s*|[^\w\s]+\s*|\s+")  # punctuation apart
 

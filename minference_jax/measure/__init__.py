@@ -1,7 +1,7 @@
 """Dense against another attention on one prompt, on this machine: what the command line and the demo share.
 
 attentions: a choice of attention; prompts: a text with a question; timing: prefills, compilation apart; comparison: two
-attentions side by side; device: what computes and how much memory it took. Nothing here prints.
+attentions side by side; device: what computes and how much memory it took; energy: of a GPU. Nothing here prints.
 """
 
 from minference_jax.measure.attentions import (
@@ -13,14 +13,15 @@ from minference_jax.measure.attentions import (
     takes_granularity,
 )
 from minference_jax.measure.comparison import Answer, Comparison, Side, Step, compare, greedy_tokens, steps_of
-from minference_jax.measure.device import device_name, peak_memory
+from minference_jax.measure.device import device_name, host_peak, peak_memory, reset_host_peak
 from minference_jax.measure.prompts import Prompt, encode_question
-from minference_jax.measure.timing import PrefillTimer
+from minference_jax.measure.timing import CallTimer, PrefillTimer
 
 __all__ = [
     "DENSE",
     "SIZES",
     "Answer",
+    "CallTimer",
     "ChosenAttention",
     "Comparison",
     "PrefillTimer",
@@ -33,7 +34,9 @@ __all__ = [
     "device_name",
     "encode_question",
     "greedy_tokens",
+    "host_peak",
     "peak_memory",
+    "reset_host_peak",
     "steps_of",
     "takes_granularity",
 ]

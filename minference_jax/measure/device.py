@@ -27,11 +27,25 @@ def peak_memory() -> tuple[int | None, str]:
     statistics_of_device = jax.devices()[0].memory_stats()
     if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
         return int(statistics_of_device["peak_bytes_in_use"]), "device"
+    return host_peak(), "process"
+
+
+def host_peak() -> int | None:
+    """The most memory that this process has held, in bytes, since it began or `reset_host_peak`; None = unknown."""
     if sys.platform == "win32":
-        return None, "process"
+        return None
     if sys.platform == "linux":  # not ru_maxrss: a new process starts with what the one that started it held
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024, "process"
+        return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process"  # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def reset_host_peak() -> bool:
+    """Begins `host_peak` anew from what is held now; False where the system does not let a process do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

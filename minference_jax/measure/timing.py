@@ -1,13 +1,15 @@
-"""Prefills of one prompt, timed, with compilation apart."""
+"""Calls, such as prefills of one prompt, timed with compilation apart."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.monitoring
+import numpy as np
 
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.implementations import IMPLEMENTATIONS
@@ -16,13 +18,11 @@ from minference_jax.measure.attentions import ChosenAttention
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax reports it when a program is compiled
 
 
-class PrefillTimer:
-    """One attention on one prompt, its calls timed.
+class CallTimer:
+    """Timed calls of one way to do a thing.
 
     Args:
-        model: that reads.
-        tokens: of the prompt.
-        attention: how.
+        call: does it with the implementation of a name.
 
     Attributes:
         result: of the last call.
@@ -31,12 +31,10 @@ class PrefillTimer:
         seconds: of each timed call.
     """
 
-    result: PrefillResult
+    result: Any
 
-    def __init__(self, model: LanguageModel, tokens: Sequence[int], attention: ChosenAttention):
-        self._model, self._tokens = model, tokens
-        self._options = {"attention": attention.name, "pattern": attention.pattern}
-        self._options |= {"slash_granularity": attention.slash_granularity}
+    def __init__(self, call: Callable[[str], Any]):
+        self._do = call
         self.implementation = ""
         self.compile_seconds: float | None = None
         self.seconds: list[float] = []
@@ -45,7 +43,7 @@ class PrefillTimer:
         """The first call, which compiles and warms; finds out which implementation can do it where none is named.
 
         Raises:
-            ValueError, NotImplementedError, MemoryError: as in `LanguageModel.prefill`.
+            ValueError, NotImplementedError, MemoryError: as the call.
         """
         names = [name for name, *_ in IMPLEMENTATIONS] if implementation is None else [implementation]
         reasons = []
@@ -63,22 +61,49 @@ class PrefillTimer:
 
     def run(self) -> None:
         """One timed call."""
-        del self.result  # its memory is free for this one
+        self.__dict__.pop("result", None)  # its memory is free for this one
         start = time.perf_counter()
         self.result = self._call()
         self.seconds.append(time.perf_counter() - start)
 
-    def take(self) -> PrefillResult:
+    def run_untimed(self) -> None:
+        """One more call whose time does not count."""
+        self.__dict__.pop("result", None)
+        self.result = self._call()
+
+    def take(self) -> Any:
         """Hands over the result of the last call: the timer does not hold it any more."""
         result = self.result
         del self.result
         return result
 
-    def _call(self) -> PrefillResult:
-        implementation = self.implementation
-        return jax.block_until_ready(
-            self._model.prefill(self._tokens, implementation=implementation, **self._options)  # type: ignore[arg-type]
-        )
+    def _call(self) -> Any:
+        return jax.block_until_ready(self._do(self.implementation))
+
+
+class PrefillTimer(CallTimer):
+    """One attention on one prompt, its calls timed.
+
+    Args:
+        model: that reads.
+        tokens: of the prompt.
+        attention: how.
+        chunk_size: as in `LanguageModel.prefill`.
+    """
+
+    result: PrefillResult
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Sequence[int] | np.ndarray,
+        attention: ChosenAttention,
+        *,
+        chunk_size: int | None = None,
+    ):
+        options: dict[str, Any] = {"attention": attention.name, "pattern": attention.pattern, "chunk_size": chunk_size}
+        options |= {"slash_granularity": attention.slash_granularity}
+        super().__init__(lambda implementation: model.prefill(tokens, implementation=implementation, **options))
 
 
 @contextmanager

@@ -106,9 +106,17 @@ class Decoder(nnx.Module):
         return jnp.matmul(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
     def run_layer(
-        self, index: int | jax.Array, x: jax.Array, lengths: jax.Array, attend: Attend, layer_input: Any = None
+        self,
+        index: int | jax.Array,
+        x: jax.Array,
+        lengths: jax.Array,
+        attend: Attend,
+        layer_input: Any = None,
+        *,
+        start: jax.Array | None = None,
+        rope_lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs one layer over whole prompts, without a cache: to look at layers one at a time.
+        """Runs one layer over prompts, or a part of each, without a cache: to look at layers one at a time.
 
         Args:
             index: which layer, from 0; an int32 [] may be traced.
@@ -116,6 +124,8 @@ class Decoder(nnx.Module):
             lengths: int32 [B], true number of tokens in each row; rows beyond are padding.
             attend: how to attend.
             layer_input: what it is given; None = nothing.
+            start: int32 [B], tokens of each row before these, of which `attend` is told; None = 0.
+            rope_lengths: as in a call of the model; None = the tokens up to the last of these.
 
         Returns:
             hidden states [B, T, D] behind it, and what `attend` returned beside its output.
@@ -127,13 +137,15 @@ class Decoder(nnx.Module):
             raise ValueError(f"layer {index} is not one of 0 to {self.config.num_layers - 1}")
         graph, parameters = nnx.split(self.layers)
         layer = nnx.merge(graph, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), parameters))
-        start = jnp.zeros_like(lengths)
+        start = jnp.zeros_like(lengths) if start is None else start
+        kv_len = start + lengths
 
         def attend_prompt(q, k, v):
             scale = self.config.head_dim**-0.5
-            return attend(q, k, v, layer_input, scale=scale, q_offset=start, kv_len=lengths)
+            return attend(q, k, v, layer_input, scale=scale, q_offset=start, kv_len=kv_len)
 
-        return layer(x, self._rotation(x.shape[1], start, lengths), attend_prompt)
+        rope_lengths = kv_len if rope_lengths is None else rope_lengths
+        return layer(x, self._rotation(x.shape[1], start, rope_lengths), attend_prompt)
 
     def _rotation(self, count: int, start: jax.Array, lengths: jax.Array) -> Rotation:
         """What turns queries and keys of `count` tokens from position `start` [B] on, `lengths` [B] tokens in all."""

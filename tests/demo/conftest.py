@@ -4,10 +4,10 @@ import pytest
 from small_models import CONTEXT, write_model
 
 import minference_jax
-from minference_jax.demo.energy import EnergyCounter
 from minference_jax.demo.models import Models
 from minference_jax.demo.service import Request, Service
 from minference_jax.demo.settings import Settings
+from minference_jax.measure.energy import EnergyCounter
 
 ROOM = 4096  # tokens; the tiny model's tokens are bytes, and the shortest example has some hundreds
 

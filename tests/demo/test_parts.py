@@ -15,12 +15,12 @@ import pytest
 from small_models import write_model
 
 from minference_jax.cli import main
-from minference_jax.demo import energy, needle, views
+from minference_jax.demo import needle, views
 from minference_jax.demo.plots import History, Point, history_picture
 from minference_jax.demo.runs import RunState, Side, first_attention
 from minference_jax.demo.shield import Shield, is_inside, remove_strays
 from minference_jax.demo.visitors import Visitors
-from minference_jax.measure import Answer, Comparison, attention_of
+from minference_jax.measure import Answer, Comparison, attention_of, energy
 
 ANSWER = {"implementation": "xla", "compile_seconds": None, "tokens": (1,), "text": ""}
 FOUND = Comparison(
@@ -139,20 +139,17 @@ def test_energy_is_that_of_the_card_that_cuda_shows(monkeypatch, visible, asked)
     device = SimpleNamespace(platform="gpu", local_hardware_id=0, device_kind="NVIDIA A1")
     monkeypatch.setattr(energy.jax, "devices", lambda: [device])
     monkeypatch.setitem(sys.modules, "pynvml", card)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    counter = energy.open_counter()
+    counter = energy.open_counter(visible)
     assert (counter.read(), counter.reason, card.asked) == (12.5, "", [asked])
     monkeypatch.setitem(sys.modules, "pynvml", Card("NVIDIA A2"))
-    counter = energy.open_counter()
+    counter = energy.open_counter(None)
     assert counter.read() is None
     assert "not clear which one computes" in counter.reason
 
 
 def test_there_is_no_energy_counter_on_a_cpu(monkeypatch):
     monkeypatch.setattr(energy.jax, "devices", lambda: [SimpleNamespace(platform="cpu")])
-    assert energy.open_counter().reason == "energy is measured on NVIDIA GPUs only"
+    assert energy.open_counter(None).reason == "energy is measured on NVIDIA GPUs only"
 
 
 def asks(folder, *, path="/gradio_api/queue/join", method="POST", headers=(), chunks=(b"",), query=b"", visitors=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,8 +23,12 @@ class EnergyCounter(NamedTuple):
     reason: str
 
 
-def open_counter() -> EnergyCounter:
-    """The counter of the device that jax computes on, or why there is none."""
+def open_counter(visible: str | None) -> EnergyCounter:
+    """The counter of the device that jax computes on, or why there is none.
+
+    Args:
+        visible: the cards that CUDA may see, as in CUDA_VISIBLE_DEVICES; None = all.
+    """
     device = jax.devices()[0]
     if device.platform != "gpu":
         return _none("energy is measured on NVIDIA GPUs only")
@@ -35,7 +38,7 @@ def open_counter() -> EnergyCounter:
         return _none("energy needs the package nvidia-ml-py")
     try:
         pynvml.nvmlInit()
-        handle = _handle(pynvml, device.local_hardware_id)
+        handle = _handle(pynvml, device.local_hardware_id, visible)
         named = pynvml.nvmlDeviceGetName(handle)
         if named != device.device_kind:
             return _none(f"NVML's card is {named}, jax's is {device.device_kind}: it is not clear which one computes")
@@ -45,9 +48,8 @@ def open_counter() -> EnergyCounter:
     return EnergyCounter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000, "")
 
 
-def _handle(pynvml: Any, index: int) -> Any:
+def _handle(pynvml: Any, index: int, visible: str | None) -> Any:
     """The card that jax calls by an index, among those that CUDA may see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     name = visible.split(",")[index].strip() if visible else str(index)
     if name.isdigit():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))

@@ -1,0 +1,317 @@
+"""The prefill suite: whole prefills of a model, dense against sparse in turn, with their parts.
+
+The prompt is random. Its lists are estimated live, in the prefill that is timed; random weights give activations
+without structure, so what they keep says nothing of a trained model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from minference_jax.bench.cases import Sizes, describe
+from minference_jax.bench.meters import Meter
+from minference_jax.bench.oracle import WrongResult
+from minference_jax.bench.prefill_parts import time_parts
+from minference_jax.bench.records import environment, record
+from minference_jax.generate import LanguageModel, PrefillResult
+from minference_jax.generate.attend import choose_attend
+from minference_jax.generate.chunks import check_chunk_size, prefill_in_chunks
+from minference_jax.generate.programs import prefill
+from minference_jax.generate.prompts import pad_prompts
+from minference_jax.implementations import device_of, memory_for
+from minference_jax.measure import DENSE, CallTimer, ChosenAttention, PrefillTimer
+from minference_jax.measure.energy import LEAST_SECONDS
+
+LENGTHS = (8192, 32768, 131072)
+"""Tokens, where no lengths are asked for and the model reads so many."""
+SAME = (
+    *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "length", "dtype", "layers", "chunk_size"),
+    *("device", "jax", "jaxlib", "commit"),
+)
+"""Fields of a record that make two of them the same measurement."""
+
+
+class Subject(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      name: of the model, in records.
+      model: it reads.
+      model_layers: how many the model has; `model` may have fewer.
+      lists: what lists of sparse heads are estimated from, in words.
+      pattern: of all heads, in words, where they have one each.
+    """
+
+    name: str
+    model: LanguageModel
+    model_layers: int
+    lists: str
+    pattern: str
+
+
+class _Side(NamedTuple):
+    """One way to prefill at one length; `facts` is what is found beside the times of its runs."""
+
+    name: str
+    timer: CallTimer
+    meter: Meter
+    repeats: int
+    facts: dict[str, Any]
+
+
+def no_attention(q, k, v, layer_input, *, scale, q_offset, kv_len) -> tuple[Any, None]:
+    """Gives back the queries, which costs nothing: an `Attend`, to time everything else."""
+    return q, None
+
+
+class PrefillBench:
+    """The suite for one model on one device.
+
+    Args:
+      subject: the model.
+      attention: sparse, to be compared with dense.
+      implementation: of sparse attention; None = the first that can. Dense attention is by the first that can.
+      chunk_size: tokens read at a time, as in `LanguageModel.prefill`; None = all.
+      repeats: timed prefills, after one that compiles and warms.
+      baseline_repeats: of dense attention; None = as `repeats`.
+      has_parts: whether parts are timed, too.
+      joules: reads an energy counter; gives None where there is none.
+
+    Raises:
+      ValueError: the options make no sense for the model.
+      NotImplementedError: the implementation can't run on this device.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        attention: ChosenAttention,
+        *,
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        repeats: int = 3,
+        baseline_repeats: int | None = None,
+        has_parts: bool = True,
+        joules: Callable[[], float | None] = lambda: None,
+    ):
+        if attention.name in (DENSE.name, "auto"):
+            raise ValueError(f"attention={attention.name!r} can't be compared with dense: a sparse one is needed")
+        check_chunk_size(chunk_size)
+        subject.model.sparse_on_device(implementation)
+        self._subject, self._model, self._sparse = subject, subject.model, attention
+        self._implementation, self._chunk_size, self._has_parts = implementation, chunk_size, has_parts
+        self._repeats = {"dense": baseline_repeats or repeats}
+        self._default_repeats, self._joules = repeats, joules
+        self._attend(attention.name, implementation)
+
+    def plan(self, lengths: Sequence[int] | None) -> list[int]:
+        """The lengths to measure, the shortest first, each once; None = those of `LENGTHS` that the model reads.
+
+        Raises:
+          ValueError: the model can't read so many tokens.
+        """
+        most = self._model.config.max_length
+        if lengths is None:
+            return [length for length in LENGTHS if length <= most] or [most]
+        if max(lengths) > most:
+            raise ValueError(f"a length of {max(lengths)} tokens was asked for, {self._subject.name} can read {most}")
+        return sorted(set(lengths))
+
+    def is_measured(self, length: int, records: Sequence[dict[str, Any]]) -> bool:
+        """Whether records hold both attentions at a length, with these settings, on this device and of this commit."""
+        here = environment()
+        for attention in (DENSE, self._sparse):
+            wanted = {**self._described(attention, length), **here}
+            if not any(all(one[name] == wanted[name] for name in SAME) for one in records):
+                return False
+        return True
+
+    def measure(self, length: int) -> Iterator[dict[str, Any] | Exception]:
+        """Yields the records of one length, dense first, each as soon as it is there.
+
+        What does not fit the device, and what gives logits that are not finite, is yielded as a MemoryError or a
+        WrongResult with one sentence, and the rest is measured.
+
+        Raises:
+          ValueError, NotImplementedError: as `LanguageModel.prefill`.
+        """
+        tokens = np.random.default_rng(0).integers(0, self._model.config.vocab_size, length)
+        sides: dict[str, _Side] = {}
+        for name, timer in self._timers(tokens).items():
+            repeats = self._repeats.get(name, self._default_repeats)
+            side = sides[name] = _Side(name, timer, Meter(self._joules), repeats, {})
+            yield from self._guarded(sides, side, length, self._begin)
+        for number in range(max(self._default_repeats, *self._repeats.values())):
+            for side in [side for side in sides.values() if number < side.repeats]:
+                yield from self._guarded(sides, side, length, _run)
+        linear = sides.pop("linear", None)
+        for side in list(sides.values()):
+            yield from self._guarded(sides, side, length, _add_joules)
+        for attention in (DENSE, self._sparse):
+            if attention.name not in sides:
+                continue
+            side = sides[attention.name]
+            if self._has_parts:
+                yield from self._guarded({}, side, length, lambda side: self._add_parts(side, tokens), "the parts of ")
+            yield self._record(attention, length, sides, linear)
+
+    def _timers(self, tokens: np.ndarray) -> dict[str, CallTimer]:
+        """Of everything but attention, of sparse and of dense attention."""
+        graph, state = nnx.split(self._model.model)
+        config, chunk_size = self._model.config, self._chunk_size
+        padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
+
+        def linear(_: str) -> PrefillResult:
+            with memory_for("it"):
+                if chunk_size is not None and lengths[0] > chunk_size:
+                    return prefill_in_chunks(graph, state, padded, lengths, None, no_attention, chunk_size)
+                return prefill(graph, state, padded, lengths, None, no_attention)
+
+        both = (self._sparse, DENSE)
+        chosen = {one.name: PrefillTimer(self._model, tokens, one, chunk_size=chunk_size) for one in both}
+        return {"linear": CallTimer(linear), **chosen}
+
+    def _begin(self, side: _Side) -> None:
+        """Compiles and warms; notes density."""
+        names = {"linear": "none", "dense": None}
+        with memory_for("it"):
+            side.timer.compile(names.get(side.name, self._implementation))
+        read = side.timer.take()
+        if side.name != "linear" and not np.isfinite(np.asarray(read.logits)).all():
+            raise WrongResult("its logits are not finite")
+        side.facts["density"] = 1.0 if read.density is None else float(np.asarray(read.density).mean())
+
+    def _guarded(
+        self, sides: dict[str, _Side], side: _Side, length: int, do: Callable[[_Side], None], what: str = ""
+    ) -> Iterator[Exception]:
+        """Does one thing with a side; where that can't be done, yields a sentence and drops it from `sides`."""
+        fault: Exception | None = None
+        try:
+            do(side)
+        except (MemoryError, WrongResult) as error:
+            how = f"{'no' if side.name == 'linear' else side.name} attention"
+            where = f"{self._subject.name}, {self._model.config.num_layers} layers, {length} tokens"
+            fault = type(error)(f"{what}prefill with {how}, {where}: {error}")
+        if fault is not None:  # not inside the handler: what failed keeps arrays alive
+            sides.pop(side.name, None)
+            yield fault
+
+    def _add_parts(self, side: _Side, tokens: np.ndarray) -> None:
+        attend, patterns = self._attend(side.name, side.timer.implementation, len(tokens))
+        side.facts.update(time_parts(self._model, tokens, attend, patterns, self._chunk_size))
+
+    def _attend(self, name: str, implementation: str | None, length: int = 1):
+        """How to attend and pattern arrays, as `LanguageModel.prefill` chooses them."""
+        attention = DENSE if name == DENSE.name else self._sparse
+        tiles = None if name == DENSE.name else self._model.sparse_on_device(implementation)[1]
+        return choose_attend(
+            name,
+            attention.pattern,
+            patterns=self._model.patterns,
+            slash_granularity=attention.slash_granularity,
+            implementation=implementation,
+            tiles=tiles,
+            whole_prompt=self._chunk_size is None or length <= self._chunk_size,
+        )
+
+    def _described(self, attention: ChosenAttention, length: int) -> dict[str, Any]:
+        """The fields of a record that say what is measured."""
+        config, is_sparse = self._model.config, attention is not DENSE
+        pattern = self._subject.pattern
+        if attention.pattern is not None:
+            pattern = describe(Sizes(pattern=attention.pattern), self._tiles(None), constructed=False)
+        return {
+            "suite": "prefill",
+            "case": self._subject.name,
+            "attention": attention.name,
+            "pattern": pattern if is_sparse else None,
+            "slash_granularity": attention.slash_granularity if is_sparse else None,
+            "lists": self._subject.lists if is_sparse else None,
+            "length": length,
+            "batch": 1,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "dtype": str(self._model.model.dtype),
+            "layers": config.num_layers,
+            "model_layers": self._subject.model_layers,
+            "chunk_size": self._chunk_size,
+        }
+
+    def _tiles(self, implementation: str | None) -> Any:
+        """The tile sizes of sparse attention by an implementation."""
+        entry, tiles = self._model.sparse_on_device(implementation)
+        decoder = self._model.model
+        return tiles or entry.tiles(
+            device_of(decoder.embed.embedding[...]), self._model.config.head_dim, decoder.dtype.itemsize
+        )
+
+    def _record(
+        self, attention: ChosenAttention, length: int, sides: dict[str, _Side], linear: _Side | None
+    ) -> dict[str, Any]:
+        side, config = sides[attention.name], self._model.config
+        ms = _median_ms(side)
+        is_part = config.num_layers < self._subject.model_layers
+        measured = {
+            **self._described(attention, length),
+            "implementation": side.timer.implementation,
+            "density": side.facts["density"],
+            "ms": ms,
+            "ms_spread": [1e3 * min(side.timer.seconds), 1e3 * max(side.timer.seconds)],
+            "extrapolated_ms": ms * self._subject.model_layers / config.num_layers if is_part else None,
+            "tokens_per_second": 1e3 * length / ms,
+            "compile_ms": None if side.timer.compile_seconds is None else 1e3 * side.timer.compile_seconds,
+            "linear_ms": None if linear is None else _median_ms(linear),
+            "cache_ms": side.facts.get("cache"),
+            "estimate_ms": side.facts.get("mass"),
+            "index_ms": side.facts.get("index"),
+            "kernel_ms": side.facts.get("kernel"),
+            "peak_bytes": side.meter.peak_bytes,
+            "host_peak_bytes": side.meter.host_peak_bytes,
+            "host_peak_of": side.meter.host_peak_of,
+            "joules": side.facts.get("joules"),
+        }
+        if attention is DENSE:
+            return record(**measured)
+        measured["tiles"] = "x".join(map(str, dataclasses.astuple(self._tiles(side.timer.implementation))))
+        dense = sides.get(DENSE.name)
+        if dense is not None:
+            baseline_ms = _median_ms(dense)
+            name = f"dense, {dense.timer.implementation}"
+            measured |= {"baseline": name, "baseline_ms": baseline_ms, "ratio": ms / baseline_ms}
+        return record(**measured)
+
+
+def _median_ms(side: _Side) -> float:
+    return 1e3 * statistics.median(side.timer.seconds)
+
+
+def _run(side: _Side) -> None:
+    with side.meter.running(), memory_for("it"):
+        side.timer.run()
+    side.timer.take()
+
+
+def _add_joules(side: _Side) -> None:
+    """Joules of one prefill: of the timed ones where they are long enough for the counter, else of a row of others."""
+    if None in side.meter.joules:
+        return
+    if min(side.timer.seconds) >= LEAST_SECONDS:
+        side.facts["joules"] = statistics.fmean(side.meter.joules)  # type: ignore[arg-type]
+        return
+    count = 0
+    row = Meter(side.meter.read_joules)
+    with row.running():
+        end = time.perf_counter() + 2 * LEAST_SECONDS
+        while time.perf_counter() < end:
+            side.timer.run_untimed()
+            side.timer.take()
+            count += 1
+    side.facts["joules"] = row.joules[0] / count  # type: ignore[operator]

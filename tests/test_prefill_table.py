@@ -1,0 +1,77 @@
+"""Tables and plots of whole prefills, from made-up records."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from minference_jax.bench import prefill_table, records
+
+ROOT = Path(__file__).parent.parent
+
+
+def example(**given):
+    """A record with made-up figures, for tables and plots only."""
+    figures = {"ms": 4000.0, "ms_spread": [3900.0, 4100.0], "linear_ms": 3000.0, "kernel_ms": 900.0, "joules": 2500.0}
+    figures |= {"tokens_per_second": 32768.0, "peak_bytes": 45_000_000_000, "density": 1.0}
+    names = {"suite": "prefill", "case": "llama3-8b", "attention": "dense", "implementation": "cudnn"}
+    names |= {"device": "a GPU", "commit": "abc", "dtype": "bfloat16", "length": 131072, "layers": 32}
+    return records.record(**{**names, **figures, "model_layers": 32, **given})
+
+
+def pair(dense_ms=12000.0, **given):
+    """Records of a run: dense, then sparse."""
+    sparse = {"attention": "minference", "pattern": "found.json", "implementation": "triton", "index_ms": 60.0}
+    sparse |= {"lists": "activations of random weights", "density": 0.25, "slash_granularity": "line"}
+    sparse |= {"baseline_ms": dense_ms, "ratio": 4000.0 / dense_ms}
+    dense = {"ms": dense_ms, "kernel_ms": dense_ms - 3000}
+    return [example(**{**dense, **given}), example(**{**sparse, **given})]
+
+
+def test_a_table_has_dense_beside_sparse_and_what_was_measured_again_once():
+    rows = [*pair(dense_ms=11000.0), *pair(), *pair(length=8192, dense_ms=5000.0), {**example(), "suite": "attention"}]
+    table = prefill_table.prefill_table(rows)
+    head, _, *lines = table.splitlines()
+    assert "extrapolated" not in head
+    assert [line.split(" | ")[:5] for line in lines[:2]] == [
+        ["| 8,192", "5.00", "4.00", "1.25", "0.25"],
+        ["| 131,072", "12.0", "4.00", "3.00", "0.25"],
+    ]
+    assert lines[2] == ""
+    assert "Sparse: minference (found.json), by `triton`; lists of activations of random weights." in table
+    assert "llama3-8b, 32 layers, bfloat16" in table
+
+
+def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():
+    given = {"layers": 8, "extrapolated_ms": 48000.0}
+    dense, sparse = pair(**given)
+    table = prefill_table.prefill_table([dense, sparse])
+    assert "dense, all layers (extrapolated), s" in table
+    assert "the first 8 of 32 layers" in table
+    alone = sparse | {"baseline_ms": None, "ratio": None}
+    assert prefill_table.prefill_table([alone]).splitlines()[2].startswith("| 131,072 | 4.00 | 0.25 |")
+    assert prefill_table.prefill_table([dense]).splitlines()[2].startswith("| 131,072 | 12.0 | 3.00 |")
+    assert prefill_table.prefill_table([]) == prefill_table.prefill_table([{**example(), "suite": "models"}]) == ""
+
+
+def test_a_section_has_table_and_pictures_and_there_is_none_without_records(tmp_path):
+    section = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))["prefill_section"]
+    assert section(tmp_path / "none.jsonl", tmp_path) == ""
+    for one in pair():
+        records.append(tmp_path / "some.jsonl", one)
+    (tmp_path / "a_gpu_prefill_times.png").touch()
+    text = section(tmp_path / "some.jsonl", tmp_path)
+    assert text.startswith("### Whole prefills\n\n| tokens |")
+    assert text.endswith("\n\n![Seconds of whole prefills by length](benchmarks/plots/a_gpu_prefill_times.png)")
+
+
+def test_plots_are_drawn_of_whole_prefills(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw = runpy.run_path(str(ROOT / "benchmarks" / "plot.py"))["draw_prefills"]
+    rows = [*pair(), *pair(length=8192), *pair(commit="other", kernel_ms=None, linear_ms=None)]
+    paths = draw(rows, tmp_path / "plots")
+    kinds = [path.stem.partition("_prefill_")[2] for path in paths]
+    assert sorted(kinds) == ["parts", "times", "times"]  # one of the commits has no parts
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert draw([], tmp_path / "nothing") == []
+    assert not (tmp_path / "nothing").exists()
