@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import jax
 
@@ -35,11 +36,11 @@ def run(arguments: argparse.Namespace) -> None:
         slash_granularity=attention.slash_granularity,
         implementation=arguments.implementation,
     )
-    limit, too_big = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), None
+    limit, too_big = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf), None
     print(_HEADING)
     for program in programs:
         print(line(program), flush=True)
-        if limit is not None and program.total_bytes > limit:
+        if program.total_bytes > limit:
             too_big = too_big or program
     print(f"kept in {folder}")
     if too_big is not None:

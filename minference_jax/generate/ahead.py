@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minference_jax.cache import KVCache
+from minference_jax.cache import KVCache, init_cache
 from minference_jax.generate import chunks, programs
 from minference_jax.generate.language_model import LanguageModel
 from minference_jax.generate.prompts import bucket_length, check_room
@@ -83,7 +83,8 @@ def compile_ahead(
     check_room(model.config, lengths, max_new_tokens)
     chunks.check_chunk_size(chunk_size)
     how = (attention, pattern, slash_granularity, implementation)
-    prefills, rooms = {}, {}  # by what tells their programs apart; of equal ones there is one
+    prefills: dict[tuple[int, bool], Any] = {}  # by what tells their programs apart; of equal ones there is one
+    rooms: dict[int, None] = {}
     for length in sorted(lengths):
         bucket, is_whole = bucket_length(length), chunk_size is None or length <= chunk_size
         prefills[bucket, is_whole] = model.choose(bucket, *how, is_whole)
@@ -111,10 +112,10 @@ def _compiled(model, batch, chunk_size, prefills, rooms) -> Iterator[CompiledPro
 
 
 def _cache(model: LanguageModel, batch: int, capacity: int) -> KVCache:
+    """Shapes of a cache."""
     config = model.config
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-    keys = jax.ShapeDtypeStruct(shape, model.model.dtype)
-    return KVCache(keys, keys, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    sizes = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    return jax.eval_shape(lambda: init_cache(*sizes, model.model.dtype))
 
 
 def _made(state: Any, shapes: Any) -> Any:
