@@ -146,14 +146,8 @@ def full_size_table(records: list[dict[str, Any]]) -> str:
 
 
 def search_table(records: list[dict[str, Any]]) -> str:
-    """Markdown: for each run what was searched beside uniform patterns, with density and error on unseen prompts."""
-    runs: dict[tuple, list[dict[str, Any]]] = {}
-    for one in records:
-        runs.setdefault((one["device"], one["commit"], one["jax"]), []).append(one)
-    return "\n\n".join(map(_search_run, runs.values()))
-
-
-def _search_run(rows: list[dict[str, Any]]) -> str:
+    """Markdown: of the last run what was searched beside uniform patterns, with density and error on unseen prompts."""
+    rows = _last_run_rows(records)
     prompts = list(dict.fromkeys(one["case"].partition(", unseen ")[2] for one in rows))
     found = {tuple(one["case"].split(", unseen ")): one for one in rows}
     lines = []
