@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from minference_jax.cli.parser import ATTENTION_NAMES, MODEL_HELP, add_attention, add_progress
+from minference_jax.cli.parser import (
+    ATTENTION_NAMES,
+    MODEL_HELP,
+    add_attention,
+    add_compilation_cache,
+    add_progress,
+)
 from minference_jax.cli.values import not_negative, port, positive
 from minference_jax.kernels.tiles import DTYPES
 
@@ -30,6 +36,7 @@ def add_demo(commands: Any) -> None:
         help=f"{MODEL_HELP}; of several visitors choose one",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_compilation_cache(parser)
     add_progress(parser)
     add_attention(parser, choices=_ATTENTIONS, default="what pays at the length of the example")
     parser.set_defaults(attention=None)

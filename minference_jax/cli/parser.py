@@ -198,6 +198,12 @@ def add_model(parser: Parser) -> None:
     """Adds the options that choose a model."""
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_compilation_cache(parser)
+    add_progress(parser)
+
+
+def add_compilation_cache(parser: Parser) -> None:
+    """Adds --compilation-cache."""
     parser.add_argument(
         "--compilation-cache",
         nargs="?",
@@ -205,7 +211,6 @@ def add_model(parser: Parser) -> None:
         metavar="FOLDER",
         help="keep compiled programs there, for later processes; without FOLDER in this user's cache",
     )
-    add_progress(parser)
 
 
 def add_progress(parser: Parser) -> None:
