@@ -17,7 +17,7 @@ from jax import Array
 from minference_jax.analysis.activations import LayerActivations
 from minference_jax.attention import sparse_attention
 from minference_jax.capacities import Capacities
-from minference_jax.estimate import MIN_VERTICALS, NUM_BLOCKS_UNIT
+from minference_jax.estimate import LAST_Q, MIN_VERTICALS, NUM_BLOCKS_UNIT
 from minference_jax.generate import LanguageModel
 from minference_jax.implementations import device_of, named
 from minference_jax.index import SlashGranularity, build_layout
@@ -167,14 +167,20 @@ def _layouts(q, k, pattern, kv_len, settings, capacities) -> SparseLayout:
     )
 
 
-@jax.jit
-def head_errors(out: Array, dense: Array, kv_len: Array) -> tuple[Array, Array]:
-    """Squared error of each head's output, and the squared norm of what it should be: float32 [N] each.
+@partial(jax.jit, static_argnames="last_share")
+def head_errors(out: Array, dense: Array, kv_len: Array, *, last_share: float = 0.0) -> tuple[Array, Array]:
+    """Mean squared error of each head's output, and the mean square of what it should be: float32 [N] each.
 
     Args:
         out, dense: [1, T, N, H], of sparse and of dense attention.
         kv_len: int32 [1]; rows beyond do not count.
+        last_share: share of the weight, from 0 to 1, that the last `LAST_Q` queries have; all share the rest evenly.
     """
-    real = (jnp.arange(out.shape[1]) < kv_len[:, None])[..., None, None]
+    place, length = jnp.arange(out.shape[1]), kv_len[:, None]
+    is_last = place >= length - LAST_Q
+    weight = (1 - last_share) / length + is_last * last_share / jnp.minimum(length, LAST_Q)
+    weight = jnp.where(place < length, weight, 0.0)[..., None, None]
+    real = weight > 0
     out, dense = (jnp.where(real, x.astype(jnp.float32), 0.0) for x in (out, dense))
-    return jnp.square(out - dense).sum(axis=(0, 1, 3)), jnp.square(dense).sum(axis=(0, 1, 3))
+    wrong, whole = jnp.square(out - dense), jnp.square(dense)
+    return (weight * wrong).sum(axis=(0, 1, 3)), (weight * whole).sum(axis=(0, 1, 3))

@@ -53,20 +53,24 @@ def retrieval_prompt(model: LanguageModel, length: int | None = None, *, seed: i
 
 
 def manual_prompt(model: LanguageModel, length: int | None = None, *, seed: int = 0, chat: bool = True) -> list[int]:
-    """Token ids of a part of Python's language reference, as `help` has it, and a question about what stands there.
+    """Token ids of a part of Python's language reference, as `help` has it, with a number hidden in it that is asked for.
 
     Args:
         model, chat: as `retrieval_prompt`.
         length: as for `retrieval_prompt`; as many lines are in it as fit.
-        seed: of where the part begins.
+        seed: of where the part begins, of the number, and of its place.
 
     Raises:
         ValueError: as `retrieval_prompt`; length is more than the whole reference fills, or this Python comes without.
     """
-    lines, topic = _manual(seed)
+    lines, topic, rng = *_manual(seed), random.Random(seed)
+    number, depth = rng.randrange(1_000_000, 10_000_000), rng.random()
 
     def text(count: int) -> str:
-        return "\n".join([*lines[:count], "", f"What does this text say about {topic}?"])
+        place = int(depth * count)
+        hidden = [*lines[:place], f"The number of this manual is {number}.", *lines[place:count]]
+        question = f"What does this manual say about {topic}, and what is the number of this manual?"
+        return "\n".join([*hidden, "", question])
 
     return _filled(model, length, chat, text, most=len(lines))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jax import Array
 
 from minference_jax.analysis import LayerActivations, SparseSettings, head_densities, head_errors, sparse_outputs
 from minference_jax.analysis.timing import dense_milliseconds, head_milliseconds
@@ -21,6 +22,9 @@ Cost = Literal["tiles", "time"]
 TOLERANCE = 0.02
 """How far below the budget a candidate may stay where its sizes could still grow, as a share of it. By time also how
 far above: a measurement is not exact."""
+LAST_SHARE = 0.5
+"""Share of a prompt's error that its last 64 queries have: they ask, and what follows is answered from what they read.
+Among all queries of a long prompt they would count for nothing."""
 _TIME_ROUNDS = 3  # measurements, each after a correction of the tiles that the time allows
 
 
@@ -117,7 +121,7 @@ class Comparison:
         squares, density = np.zeros((2, found.cost.size)), np.zeros(found.cost.size)
         for layer in activations:
             out, _, share = sparse_outputs(layer, found.sizes, self.settings)
-            squares += np.stack([np.asarray(x, np.float64) for x in head_errors(out, layer.out, layer.kv_len)])
+            squares += _squares(out, layer)
             density += np.asarray(share, np.float64) / len(activations)
         error = np.sqrt(squares[0] / np.where(squares[1] > 0, squares[1], 1.0))
         if not np.isfinite(error).all():
@@ -164,6 +168,11 @@ def _better(best: Equalised, found: Equalised) -> Equalised:
 
 
 def output_norms(activations: list[LayerActivations]) -> tuple[float, ...]:
-    """The norm of dense attention's output at each of N heads, over all prompts."""
-    squares = [np.asarray(head_errors(x.out, x.out, x.kv_len)[1], np.float64) for x in activations]
-    return tuple(np.sqrt(np.sum(squares, axis=0)).tolist())
+    """The norm of dense attention's output at each of N heads, over all prompts, with the weights of the errors."""
+    return tuple(np.sqrt(sum(_squares(x.out, x)[1] for x in activations)).tolist())
+
+
+def _squares(out: Array, layer: LayerActivations) -> np.ndarray:
+    """Of every head the error's square and that of dense attention's output [2, N], weighted as a search weights them."""
+    squares = head_errors(out, layer.out, layer.kv_len, last_share=LAST_SHARE)
+    return np.stack([np.asarray(x, np.float64) for x in squares])

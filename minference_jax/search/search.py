@@ -19,7 +19,7 @@ from minference_jax.models.digest import weights_digest
 from minference_jax.patterns import HeadPattern
 from minference_jax.patterns.heads import KINDS
 from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates
-from minference_jax.search.compare import TOLERANCE, Comparison, Cost, output_norms
+from minference_jax.search.compare import LAST_SHARE, TOLERANCE, Comparison, Cost, output_norms
 from minference_jax.search.journal import Journal, pattern_fields
 from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose
 
@@ -58,7 +58,8 @@ def search_patterns(
 
     Args:
         model: with its weights; where these are, the search runs.
-        prompts: token ids of each calibration prompt, of any lengths; errors are over all of their queries.
+        prompts: token ids of each calibration prompt, of any lengths. Each ends in what it asks: its last 64 queries
+            have half of its error's weight, all queries share the other half.
         budget: what heads may cost in the mean, as a share of dense attention, above 0 and below 1; over several
             prompts the mean.
         levels: budgets that a head may get, as multiples of `budget`, the least at most 1. Several: heads that need
@@ -163,6 +164,7 @@ def _described(model: LanguageModel, prompts: Sequence[Tokens], search: Comparis
         "budgets": list(search.budgets),
         "cost": search.cost,
         "tolerance": TOLERANCE,
+        "last_share": LAST_SHARE,
         "candidates": [pattern_fields(x) for x in search.candidates],
         "slash_granularity": search.settings.slash_granularity,
         "implementation": search.settings.implementation,
