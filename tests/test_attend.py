@@ -2,7 +2,7 @@ import pytest
 
 from minference_jax.generate.attend import choose_attend, resolve_auto
 from minference_jax.implementations import IMPLEMENTATIONS
-from minference_jax.patterns import AShape, BlockSparse, Dense, VerticalSlash, uniform_patterns
+from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, uniform_patterns
 
 TRITON = next(entry for entry in IMPLEMENTATIONS if entry.name == "triton")
 
@@ -33,6 +33,15 @@ def test_auto_is_dense_until_the_prompt_is_eight_times_what_the_heads_ask_for():
 
 def test_auto_is_dense_where_every_head_is():
     assert auto(Dense(), 1 << 20) == ("dense", None)
+
+
+def test_auto_asks_for_longer_prompts_where_some_heads_are_dense_and_for_none_where_half_are():
+    large, how = VerticalSlash(vertical_size=1000, slash_size=6096), {"implementation": TRITON}
+    quarter, half = (ModelPatterns(layers=((large, *others, Dense()),), source="") for others in ((large, large), (large, Dense())))
+    pays = 2 * 8 * 7096 * 3 // 4  # what an average head asks for, with half of the saving
+    assert resolve_auto(None, patterns=quarter, length=pays - 1, **how) == ("dense", None)
+    assert resolve_auto(None, patterns=quarter, length=pays, **how) == ("minference", None)
+    assert resolve_auto(None, patterns=half, length=1 << 30, **how) == ("dense", None)
 
 
 def test_auto_judges_the_patterns_that_the_call_brings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from minference_jax.cli.parser import add_attention, add_model, add_prompt
@@ -46,6 +47,11 @@ def _add_candidates(parser: Any) -> None:
         metavar="X",
         help="budgets that a head may get, as multiples: heads that need more get more, and the mean over all heads "
         "keeps the budget; with 1 all heads cost the same, in a third of the time (0.5 1 2)",
+    )
+    group.add_argument(
+        "--dense-heads",
+        action=argparse.BooleanOptionalAction,
+        help="heads that need it may stay dense (with several levels they may)",
     )
     group.add_argument(
         "--cost",

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
                 prompts,
                 budget=arguments.budget,
                 levels=arguments.levels,
+                dense_heads=arguments.dense_heads,
                 cost=arguments.cost,
                 candidates=arguments.candidates or DEFAULT_CANDIDATES,
                 slash_granularity=arguments.slash_granularity or "line",
@@ -88,6 +89,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
         foreign = [name for name in ("length", "num_prompts", "seed") if getattr(arguments, name) is not None]
         if foreign:
             raise ValueError(f"--{foreign[0].replace('_', '-')} is for generated prompts, not for --prompt-file")
+    has_levels = arguments.levels is None or len(arguments.levels) > 1
+    may_be_dense = has_levels if arguments.dense_heads is None else arguments.dense_heads
+    if arguments.published is not None and may_be_dense:
+        raise ValueError("--published needs --no-dense-heads: the published format has no name for a dense head")
     slashes = [one for one in arguments.candidates or DEFAULT_CANDIDATES if isinstance(one, VerticalSlash)]
     if arguments.slash_granularity is not None and not slashes:
         raise ValueError("--slash-granularity goes with vertical_slash, which is not among --candidates")
@@ -156,8 +161,8 @@ def summary(found: SearchResult) -> str:
     for place, one in enumerate(found.layers[0].candidates):
         same = [layer.candidates[place] for layer in found.layers]
         errors, costs = ([x for result in same for x in getattr(result, name)] for name in ("error", "cost"))
-        sizes = " ".join(map(str, vars(one.candidate).values()))
-        name = f"  {KINDS[type(one.candidate)].name.lower()} {sizes} at {one.budget:g}"
+        sizes = "".join(f" {size}" for size in vars(one.candidate).values())
+        name = f"  {KINDS[type(one.candidate)].name.lower()}{sizes} at {one.budget:g}"
         if None in errors:
             lines.append(f"{name:36} over the budget at {errors.count(None)} heads")
         else:

@@ -34,9 +34,9 @@ ATTENTION_NAMES = ("minference", "auto", "dense", *_UNIFORM)
 """What `attention` may be: the model's own patterns, these where the prompt is long enough for them to pay and exact
 attention where it is not, exact attention, or one pattern for every head."""
 
-_PAYS_FROM = 8
+_PAYS_FROM, _PAYS_BELOW = 8, 0.5
 """Prompts this many times as long as what an average head asks for: slashes come in runs with gaps, and tiles cover two
-to three times what was asked."""
+to three times what was asked. They then are this share of dense attention's, and dense heads are a part of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def pays_from(patterns: ModelPatterns, implementation: Implementation) -> int | 
         ],
         default=0,
     )
-    sparse_share = 1 - _PAYS_FROM * float((sizes.kind == kinds.DENSE).mean())  # a dense head asks for every key
-    if sparse_share <= 0:
+    saved = 1 - float((sizes.kind == kinds.DENSE).mean()) / _PAYS_BELOW
+    if saved <= 0:
         return None
-    return max(implementation.break_even, math.ceil(_PAYS_FROM * float(asked.mean()) / sparse_share))
+    return max(implementation.break_even, math.ceil(_PAYS_FROM * float(asked.mean()) / saved))

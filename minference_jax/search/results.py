@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from minference_jax.patterns import HeadPattern, ModelPatterns, ScoreDirection
+from minference_jax.patterns import Dense, HeadPattern, ModelPatterns, ScoreDirection
 
 SCORE_NAME = "relative_output_error"
 SCORE_DIRECTION: ScoreDirection = "lower_is_better"
@@ -23,7 +23,7 @@ class CandidateResult(NamedTuple):
         cost: N numbers, as the search counts; None as above.
         density: N numbers, share of dense attention's tiles; None as above.
         error: N numbers, norm of the output's difference from dense attention over the norm of dense attention's
-            output, over all queries of all prompts; None as above.
+            output, over all queries of all prompts, weighted as in `search_patterns`; None as above.
     """
 
     candidate: HeadPattern
@@ -39,7 +39,7 @@ class LayerResult(NamedTuple):
 
     Attributes:
         layer: index, from 0.
-        candidates: in the order of the search.
+        candidates: in the order of the search; behind them dense attention, where heads may stay dense.
         output_norms: N numbers, norm of dense attention's output over all prompts: what a head's error is weighted
             with, and what tells another model or other prompts apart when a search goes on.
     """
@@ -64,6 +64,14 @@ class SearchResult(NamedTuple):
     patterns: ModelPatterns
     layers: tuple[LayerResult, ...]
     chosen: Chosen
+
+
+def with_dense(layer: LayerResult) -> LayerResult:
+    """The layer with dense attention as one more result of every head: it costs 1 and has no error."""
+    count = len(layer.output_norms)
+    ones, zeros = (1.0,) * count, (0.0,) * count
+    dense = CandidateResult(Dense(), 1.0, (Dense(),) * count, cost=ones, density=ones, error=zeros)
+    return layer._replace(candidates=(*layer.candidates, dense))
 
 
 def choose(layers: Sequence[LayerResult], budget: float) -> Chosen:

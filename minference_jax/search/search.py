@@ -21,7 +21,7 @@ from minference_jax.patterns.heads import KINDS
 from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates
 from minference_jax.search.compare import LAST_SHARE, TOLERANCE, Comparison, Cost, output_norms
 from minference_jax.search.journal import Journal, pattern_fields
-from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose
+from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose, with_dense
 
 Progress = Callable[[int, int, str], None]
 
@@ -39,6 +39,7 @@ def search_patterns(
     *,
     budget: float = DEFAULT_BUDGET,
     levels: Sequence[float] | None = None,
+    dense_heads: bool | None = None,
     cost: Cost = "tiles",
     candidates: Sequence[HeadPattern] = DEFAULT_CANDIDATES,
     slash_granularity: SlashGranularity = "line",
@@ -65,6 +66,7 @@ def search_patterns(
         levels: budgets that a head may get, as multiples of `budget`, the least at most 1. Several: heads that need
             more get more, and the mean over all heads keeps the budget; it takes as many times as long. (1.0,): all
             heads cost the same, as in the paper. None = 0.5, 1 and 2, without 2 where that is all of dense or more.
+        dense_heads: whether heads that need it may stay dense, which costs 1. None = with several levels.
         cost: "tiles" = the work of the computed tiles (density); "time" = measured time of attention on this device.
         candidates: kinds with proportions of sizes; None of them may be dense.
         slash_granularity: "line" or "block", with which the patterns are to run.
@@ -91,6 +93,7 @@ def search_patterns(
     if not (isinstance(budget, int | float) and 0 < budget < 1):
         raise ValueError(f"{budget=} must be above 0 and below 1, a share of dense attention's cost")
     budgets = _budgets(budget, levels)
+    dense_heads = len(budgets) > 1 if dense_heads is None else dense_heads
     if cost not in get_args(Cost):
         raise ValueError(f'{cost=} must be "tiles" or "time"')
     settings = settings_for(model, slash_granularity=slash_granularity, implementation=implementation)
@@ -108,11 +111,12 @@ def search_patterns(
             kept.add(search.layer(index, activations, told))
             check_affordable(kept.layers, allowed, num_layers)
             if finished is not None:
-                finished(kept.layers[-1])
+                finished(with_dense(kept.layers[-1]) if dense_heads else kept.layers[-1])
         activations.clear()  # else they would lie beside those of the next layer
     if progress is not None:
         progress(num_layers * steps, num_layers * steps, "done")
-    found, chosen = tuple(kept.layers), choose(kept.layers, allowed)
+    found = tuple(map(with_dense, kept.layers) if dense_heads else kept.layers)
+    chosen = choose(found, allowed)
     source = f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
     return SearchResult(as_patterns(chosen, model=name, source=source), found, chosen)
 

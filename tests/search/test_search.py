@@ -324,7 +324,7 @@ def test_where_sparse_is_slower_than_dense_the_first_layer_says_so(model, timer)
 def test_without_levels_those_that_are_less_than_dense_are_compared(model):
     for budget, levels in ((0.6, (0.5, 1)), (0.4, (0.5, 1, 2))):
         found = search_patterns(model, PROMPTS[:1], budget=budget, candidates=CANDIDATES[:1])
-        assert [one.budget for one in found.layers[0].candidates] == [budget * level for level in levels]
+        assert [one.budget for one in found.layers[0].candidates[:-1]] == [budget * level for level in levels]
         cost = [one.cost[head] for row in found.chosen for head, one in enumerate(row)]
         assert np.mean(cost) <= budget
 
@@ -410,7 +410,28 @@ def test_levels_are_searched_and_shared_out_over_all_layers(model):
     assert cost.mean() <= BUDGET
     assert cost.max() > BUDGET
     assert levels.patterns.layers == tuple(tuple(one.patterns[h] for h, one in enumerate(row)) for row in chosen)
-    assert len(levels.layers[0].candidates) == 2
+    assert len(levels.layers[0].candidates) == 3  # dense attention is one
+
+
+def test_heads_that_need_it_stay_dense_where_they_may(model):
+    candidates, levels = CANDIDATES[:1], (0.8, 1.2)
+    without, free = (search(model, candidates=candidates, levels=levels, dense_heads=may) for may in (False, None))
+    kinds = [{type(head) for row in found.patterns.layers for head in row} for found in (without, free)]
+    assert kinds == [{AShape}, {AShape, Dense}]
+    costs = [[one.cost[head] for row in found.chosen for head, one in enumerate(row)] for found in (without, free)]
+    assert max(map(np.mean, costs)) <= BUDGET
+    losses = [
+        sum(
+            (one.error[head] * layer.output_norms[head]) ** 2 / np.square(layer.output_norms).sum()
+            for layer, row in zip(found.layers, found.chosen, strict=True)
+            for head, one in enumerate(row)
+        )
+        for found in (without, free)
+    ]
+    assert losses[1] < losses[0]
+    dense = np.array([[isinstance(head, Dense) for head in row] for row in free.patterns.layers])
+    ran = np.asarray(model.prefill(PROMPTS[0], pattern=free.patterns).density)[:, 0]
+    np.testing.assert_array_equal(ran[dense], 1.0)
 
 
 def test_generated_prompts_fill_the_length_and_ask_for_what_is_there(model):
