@@ -1,22 +1,21 @@
-"""Searches the default model, and compares what was found with patterns of equal cost on prompts that it did not see.
+"""Compares what a search of the default model found with patterns of equal cost, on prompts that it did not see.
 
-Calibration prompts: the first two generated ones, key-value retrieval and a part of Python's manual. Unseen ones: the
-next two, and the opening of a novel. Uniform patterns, of the default's proportions and of others, are made as large
+`--patterns` is what `minference-jax search --length N --budget X` wrote, with N and X as given here, so that its
+prompts were the first two generated ones, key-value retrieval and a part of Python's manual. Unseen ones are the next
+two, and the opening of a novel. Uniform patterns, of the default's proportions and of others, are made as large
 as cost the budget of the search on the calibration prompts, as a mean over all heads.
 
 A record's error: norm of the difference of a layer's attention output from dense, all heads together, over the norm of
-dense attention's, mean over the layers. `--output FILE` keeps records; the pattern file goes where `--patterns` says.
+dense attention's, mean over the layers. `--output FILE` keeps records.
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import minference_jax
@@ -36,8 +35,8 @@ from minference_jax.patterns import (
     ModelPatterns,
     PatternArrays,
     VerticalSlash,
+    read_patterns,
     uniform_patterns,
-    write_patterns,
 )
 from minference_jax.search.candidates import head_patterns, scaled
 
@@ -80,24 +79,22 @@ def uniform(model: minference_jax.LanguageModel, pattern: HeadPattern) -> ModelP
 
 
 def of_equal_cost(
-    model: minference_jax.LanguageModel, calibration: list[list[int]], budget: float | None
-) -> tuple[float, dict[str, ModelPatterns]]:
-    """The budget, and uniform patterns whose mean density on the prompts it is; None = the default pattern's."""
+    model: minference_jax.LanguageModel, calibration: list[list[int]], budget: float
+) -> dict[str, ModelPatterns]:
+    """Uniform patterns whose mean density on the prompts is the budget."""
     settings, num_heads, size = settings_for(model), model.config.num_heads, max(map(len, calibration))
-    default, costs = [], {name: np.zeros(SCALES.size) for name in PROPORTIONS}
-    for index, layers in enumerate(read_layers(model, calibration)):
+    costs = {name: np.zeros(SCALES.size) for name in PROPORTIONS}
+    for layers in read_layers(model, calibration):
         for layer in layers:
-            default.append(np.mean(head_densities(layer, row(uniform(model, DEFAULT_PATTERN), index), settings)))
             for name, pattern in PROPORTIONS.items():
                 for place, scale in enumerate(SCALES):
                     sizes = scaled(pattern, np.full(num_heads, scale), size)
                     costs[name][place] += np.mean(head_densities(layer, sizes, settings))
-    print(f"{DEFAULT_PATTERN} costs {np.mean(default):.4f}", flush=True)
-    budget, made = float(np.mean(default)) if budget is None else budget, {}
+    reads, made = model.config.num_layers * len(calibration), {}
     for name, pattern in PROPORTIONS.items():
-        scale = np.exp(np.interp(budget, costs[name] / len(default), np.log(SCALES)))
+        scale = np.exp(np.interp(budget, costs[name] / reads, np.log(SCALES)))
         made[name] = uniform(model, head_patterns(pattern, scaled(pattern, np.array([scale]), size))[0])
-    return budget, made
+    return made
 
 
 def errors(model: minference_jax.LanguageModel, prompt: list[int], compared: dict[str, ModelPatterns]) -> Iterator:
@@ -116,32 +113,18 @@ def main() -> None:
     """Measures, prints and keeps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--budget", type=float, help="share of dense; without it what the default pattern costs")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="of the search (0.5 1 2)")
+    parser.add_argument("--budget", type=float, default=0.3, help="share of dense (0.3)")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--patterns", type=Path, required=True)
+    parser.add_argument("--patterns", required=True)
     arguments = parser.parse_args()
     made_by = commit()  # of the code that runs, whatever happens to the tree meanwhile
     model = minference_jax.load()
     calibration, unseen = prompts(model, min(arguments.length, model.config.max_length))
-    budget, compared = of_equal_cost(model, list(calibration.values()), arguments.budget)
+    searched = f"searched at {arguments.budget:g}"
+    compared = {searched: read_patterns(arguments.patterns), "default": uniform(model, DEFAULT_PATTERN)}
+    compared |= of_equal_cost(model, list(calibration.values()), arguments.budget)
     for name, patterns in compared.items():
-        print(f"{name} at {budget:.4f}: {patterns.layers[0][0]}", flush=True)
-    start = time.perf_counter()
-    found = minference_jax.search_patterns(
-        model,
-        list(calibration.values()),
-        budget=budget,
-        levels=arguments.levels,
-        name="SmolLM2-135M-Instruct",
-        journal=arguments.patterns.with_suffix(".journal"),
-        finished=lambda layer: print(f"layer {layer.layer}", flush=True),
-    )
-    seconds = time.perf_counter() - start
-    write_patterns(found.patterns, arguments.patterns)
-    print(f"search: {seconds:.0f} s on {jax.devices()[0].device_kind}", flush=True)
-    searched = f"searched, levels {' '.join(f'{level:g}' for level in arguments.levels)}"
-    compared = {searched: found.patterns, "default": uniform(model, DEFAULT_PATTERN), **compared}
+        print(f"{name}: {patterns.source}", flush=True)
     shape = {name: getattr(model.config, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
     shape |= {"dtype": str(model.model.dtype), "batch": 1, "implementation": settings_for(model).implementation}
     for prompt_name, tokens in unseen.items():

@@ -37,7 +37,8 @@ def test_auto_is_dense_where_every_head_is():
 
 def test_auto_asks_for_longer_prompts_where_some_heads_are_dense_and_for_none_where_half_are():
     large, how = VerticalSlash(vertical_size=1000, slash_size=6096), {"implementation": TRITON}
-    quarter, half = (ModelPatterns(layers=((large, *others, Dense()),), source="") for others in ((large, large), (large, Dense())))
+    heads = (large, large, large, Dense()), (large, large, Dense(), Dense())
+    quarter, half = (ModelPatterns(layers=(row,), source="") for row in heads)
     pays = 2 * 8 * 7096 * 3 // 4  # what an average head asks for, with half of the saving
     assert resolve_auto(None, patterns=quarter, length=pays - 1, **how) == ("dense", None)
     assert resolve_auto(None, patterns=quarter, length=pays, **how) == ("minference", None)

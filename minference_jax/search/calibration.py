@@ -53,7 +53,7 @@ def retrieval_prompt(model: LanguageModel, length: int | None = None, *, seed: i
 
 
 def manual_prompt(model: LanguageModel, length: int | None = None, *, seed: int = 0, chat: bool = True) -> list[int]:
-    """Token ids of a part of Python's language reference, as `help` has it, with a number hidden in it that is asked for.
+    """Token ids of a part of Python's language reference, as `help` has it, and a question for a number hidden in it.
 
     Args:
         model, chat: as `retrieval_prompt`.

@@ -173,6 +173,6 @@ def output_norms(activations: list[LayerActivations]) -> tuple[float, ...]:
 
 
 def _squares(out: Array, layer: LayerActivations) -> np.ndarray:
-    """Of every head the error's square and that of dense attention's output [2, N], weighted as a search weights them."""
+    """Of every head the squares of the error and of dense attention's output [2, N], weighted as a search does it."""
     squares = head_errors(out, layer.out, layer.kv_len, last_share=LAST_SHARE)
     return np.stack([np.asarray(x, np.float64) for x in squares])

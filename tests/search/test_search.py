@@ -446,7 +446,8 @@ def test_generated_prompts_fill_the_length_and_ask_for_what_is_there(model):
     topic = question.partition("about ")[2].partition(",")[0]
     assert topics[topic].splitlines()[1] in text
     assert len(re.findall(r"\nThe number of this manual is \d{7}\.\n", text)) == 1
-    assert question.startswith("What does") and "what is the number of this manual?" in question
+    assert question.startswith("What does")
+    assert "what is the number of this manual?" in question
     assert calibration_prompts(model, 400) == [retrieval, manual]
     assert calibration_prompts(model, 400, count=1, seed=1) == [another] != [retrieval]
     assert max(map(len, calibration_prompts(model))) <= model.config.max_length
