@@ -121,7 +121,7 @@ def _cache(model: LanguageModel, batch: int, capacity: int) -> KVCache:
 def _made(state: Any, shapes: Any) -> Any:
     """Shapes as those of what other programs have made of the model's arrays: a program's key depends on where."""
     leaf = jax.tree.leaves(state)[0]
-    sharding = leaf.sharding if leaf.committed else None
+    sharding = leaf.sharding if getattr(leaf, "committed", False) else None  # of shapes alone there is no place
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 

@@ -45,7 +45,7 @@ class Decoder(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the parameters, and so of activations and cache."""
-        return self.embed.embedding[...].dtype
+        return self.embed.embedding.get_value().dtype
 
     def __call__(
         self,
