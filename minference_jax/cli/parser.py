@@ -197,9 +197,19 @@ def _add_autotune(commands: Any) -> None:
 def add_model(parser: Parser) -> None:
     """Adds the options that choose a model."""
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_dtype(parser)
     add_compilation_cache(parser)
     add_progress(parser)
+
+
+def add_dtype(parser: Parser, help: str = "of weights, activations and cache; without it as stored") -> None:
+    """Adds --dtype and --linear."""
+    parser.add_argument("--dtype", choices=DTYPES, help=help)
+    parser.add_argument(
+        "--linear",
+        choices=("fp8",),
+        help="linear layers of 8-bit floating-point numbers: half the memory, some error; without it of --dtype",
+    )
 
 
 def add_compilation_cache(parser: Parser) -> None:
