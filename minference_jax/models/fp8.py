@@ -114,7 +114,7 @@ def replace_linear(layers: nnx.Module) -> None:
                 count, size, out_size = child.kernel.shape
                 weight = jax.ShapeDtypeStruct((count, out_size, size), FP8)
                 scale = jax.ShapeDtypeStruct((count, out_size), jnp.float32)
-                setattr(module, name, Fp8Linear(weight, scale, None if child.bias is None else child.bias[...]))
+                setattr(module, name, Fp8Linear(weight, scale, None if child.bias is None else child.bias.get_value()))
 
 
 def linear_of(model: Any) -> str | None:
