@@ -9,6 +9,7 @@ from minference_jax.cli.values import not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
+LINEAR_NAMES = ("fp8",)
 MODEL_HELP = (
     "checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one; "
     "without it SmolLM2-135M-Instruct, downloaded and converted once"
@@ -207,7 +208,7 @@ def add_dtype(parser: Parser, help: str = "of weights, activations and cache; wi
     parser.add_argument("--dtype", choices=DTYPES, help=help)
     parser.add_argument(
         "--linear",
-        choices=("fp8",),
+        choices=LINEAR_NAMES,
         help="linear layers of 8-bit floating-point numbers: half the memory, some error; without it of --dtype",
     )
 

@@ -17,7 +17,7 @@ from minference_jax.models.digest import weights_digest
 from minference_jax.models.fp8 import Fp8Linear, quantize_kernel, quantize_parameters, quantize_rows
 
 ROUNDING = {"float32": 1e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}  # of the largest result: sums and result
-LOGITS = 0.15  # relative Frobenius error over the tiny models, whose weights are random; measured 0.03 to 0.1
+LOGITS = 0.15  # relative Frobenius error over the tiny models, whose weights are random; measured 0.08 to 0.11
 PROJECTIONS = [f"attention.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
