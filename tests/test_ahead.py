@@ -15,6 +15,7 @@ A_SHAPE = {"attention": "a_shape", "pattern": AShape(sink_size=4, window_size=40
 OPTIONS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
     "jax_traceback_in_locations_limit",
 )
 
@@ -85,6 +86,12 @@ def test_the_memory_told_is_that_of_weights_cache_and_more_for_longer_prompts(mo
 def test_what_can_not_be_compiled_is_refused_before_anything_is(model, given, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         compile_ahead(model, given, **options)
+
+
+def test_what_xla_chose_for_single_products_is_kept_too(tmp_path):
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    use_compilation_cache(tmp_path)
+    assert "autotune_cache" in jax.config.jax_persistent_cache_enable_xla_caches
 
 
 def test_a_gpu_kernel_is_the_same_program_wherever_it_is_called(tmp_path):

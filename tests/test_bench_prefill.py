@@ -18,8 +18,8 @@ from minference_jax.convert.hf_config import read_config
 from minference_jax.estimate import EstimateKernels
 from minference_jax.generate import programs
 from minference_jax.generate.attend import choose_attend
-from minference_jax.measure import CallTimer, attention_of, timing
-from minference_jax.models import parameters_of
+from minference_jax.measure import DENSE, CallTimer, attention_of, timing
+from minference_jax.models import parameters_of, quantize_linear
 from minference_jax.patterns.published import PUBLISHED
 from minference_jax.patterns.registry import choose_published
 from minference_jax.tile_table import TileTable
@@ -208,8 +208,21 @@ def test_random_weights_are_those_that_the_models_begin_with():
             assert len(np.unique(values.reshape(-1, values.shape[-1]), axis=0)) == values.size // values.shape[-1]
 
 
-def test_first_layers_are_those_of_the_whole_model():
-    whole = subject().model
+def test_8_bit_linear_layers_are_those_of_the_same_random_weights_and_another_measurement():
+    exact, fast = subject(), subject(linear="fp8")
+    expected = parameters_of(quantize_linear(exact.model.model))
+    for name, array in parameters_of(fast.model.model).items():
+        np.testing.assert_array_equal(array, expected[name])
+    mine, theirs = (prefill.PrefillBench(one, attention_of("a_shape", {})) for one in (fast, exact))
+    there = [records.record(**mine._described(one, 200)) for one in (DENSE, mine._sparse)]
+    assert [one["linear"] for one in there] == ["fp8", "fp8"]
+    assert mine.is_measured(200, there)
+    assert not theirs.is_measured(200, there)
+
+
+@pytest.mark.parametrize("linear", [None, "fp8"])
+def test_first_layers_are_those_of_the_whole_model(linear):
+    whole = subject(linear=linear).model
     first = random_model.first_layers(whole, 2)
     assert (first.config.num_layers, first.patterns.num_layers) == (2, 2)
     kept, given = parameters_of(first.model), parameters_of(whole.model)

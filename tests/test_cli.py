@@ -16,10 +16,11 @@ from small_models import CONTEXT, NUM_HEADS, NUM_LAYERS, write_model
 from minference_jax import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, load, write_patterns
 from minference_jax.cli import convert_command, main
 from minference_jax.cli.generate_command import until_stop
-from minference_jax.cli.parser import ATTENTION_NAMES
+from minference_jax.cli.parser import ATTENTION_NAMES, LINEAR_NAMES
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
 from minference_jax.measure import ChosenAttention, compare, greedy_tokens
+from minference_jax.models import fp8
 
 pytestmark = pytest.mark.usefixtures("oracle_first")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
@@ -76,6 +77,7 @@ def prefill(run, options, *more):
 
 def test_names_of_the_light_parser_are_those_of_the_library():
     assert set(ATTENTION_NAMES) == set(attend.ATTENTION_NAMES)
+    assert tuple(LINEAR_NAMES) == fp8.LINEAR
 
 
 def test_json_is_one_object_with_what_is_promised(run):
@@ -93,6 +95,14 @@ def test_attention_that_keeps_everything_agrees_with_dense(run):
         assert (facts["density"], facts["greedy_agreement"]) == (1, 1)
         assert facts["text"] == facts["dense_text"]
         assert facts["max_logit_difference"] < 1e-4
+
+
+def test_linear_layers_are_8_bit_where_asked_for(run):
+    exact, fast = (prefill(run, f"--prompt-file prompt.txt --attention dense{more}") for more in ("", " --linear fp8"))
+    assert (exact["linear"], fast["linear"]) == (None, "fp8")
+    assert fast["greedy_agreement"] == 1  # dense against dense of the same weights
+    code, out, _ = run(f"{PREFILL} --prompt-file prompt.txt --attention dense --linear fp8")
+    assert (code, out.splitlines()[0].endswith("float32, linear layers of fp8")) == (0, True)
 
 
 @pytest.mark.parametrize("sizes", ["a_shape --sink-size 8 --window-size 16", "block_sparse --num-blocks 1"])
@@ -219,6 +229,7 @@ def test_patterns_are_checked_against_a_model(run, model):
         ("prefill", "one of the arguments --prompt --prompt-file is required; see minference-jax prefill --help"),
         ("prefill --prompt x --prompt-file y", "not allowed with argument"),
         ("prefill --prompt x --repeats 0", "'0' must be an integer of at least 1"),
+        ("prefill --prompt x --linear int3", "invalid choice: 'int3'"),
         ("prefill --prompt x --attention flash", "invalid choice: 'flash'"),
         ("prefill --prompt-file absent.txt", "absent.txt: No such file or directory"),
         ("prefill --prompt-file .", ".: Is a directory"),

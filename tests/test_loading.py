@@ -20,7 +20,9 @@ from minference_jax import (
     uniform_patterns,
     write_patterns,
 )
+from minference_jax.generate import LanguageModel
 from minference_jax.kernels.tiles import TileConfig
+from minference_jax.models import linear_of, quantize_linear
 from minference_jax.tile_table import TileEntry, write_tiles
 
 WIDE = TileEntry(device="cpu", implementation="xla", head_dim=8, dtype="float32", tiles=TileConfig(block_q=128))
@@ -76,6 +78,21 @@ def test_dtype_is_that_of_the_model(folder):
     assert load(folder, dtype="bfloat16").model.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="dtype='int8' must be None or one of"):
         load(folder, dtype="int8")
+
+
+def test_linear_layers_are_8_bit_where_asked_for(folder):
+    exact, fast = load(folder), load(folder, linear="fp8")
+    assert (linear_of(exact.model), linear_of(fast.model)) == (None, "fp8")
+    prompt = exact.encode("It is a truth")
+    expected = LanguageModel(quantize_linear(exact.model)).prefill(prompt, attention="dense").logits
+    np.testing.assert_array_equal(fast.prefill(prompt, attention="dense").logits, expected)
+    assert np.abs(expected - exact.prefill(prompt, attention="dense").logits).max() > 0
+
+
+def test_another_kind_of_linear_layers_is_refused_before_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr(loading, "load_parameters", None)
+    with pytest.raises(ValueError, match="linear='int3' must be \"fp8\", or None"):
+        load(folder, linear="int3")
 
 
 def test_folder_without_tokenizer_reads_token_ids(tmp_path):

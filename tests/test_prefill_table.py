@@ -39,7 +39,13 @@ def test_a_table_has_dense_beside_sparse_and_what_was_measured_again_once():
     ]
     assert lines[2] == ""
     assert "Sparse: minference (found.json), by `triton`; lists of activations of random weights." in table
-    assert "llama3-8b, 32 layers, bfloat16" in table
+    assert "llama3-8b, 32 layers, bfloat16;" in table
+
+
+def test_8_bit_linear_layers_have_a_table_of_their_own():
+    tables = prefill_table.prefill_table([*pair(), *pair(linear="fp8", dense_ms=9000.0)]).split("\n\n")
+    assert ["linear layers of fp8" in table for table in tables[1::2]] == [False, True]
+    assert ["| 12.0 |" in table for table in tables[::2]] == [True, False]
 
 
 def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import minference_jax
 from minference_jax import load_prefill, save_prefill
 from minference_jax.generate import LanguageModel, PrefillResult, saved
-from minference_jax.models import from_parameters
+from minference_jax.models import from_parameters, quantize_linear
 
 CONFIG = dataclasses.replace(tiny_models.CASES["default_untied"], num_layers=2)
 PROMPTS = [list(range(40)), list(range(20, 45))]
@@ -97,6 +97,17 @@ def test_bfloat16_and_density_come_back_bit_for_bit(tmp_path):
 def test_another_model_is_refused(path, other, message):
     with pytest.raises(ValueError, match=message):
         load_prefill(path, reader(**other))
+
+
+def test_8_bit_linear_layers_are_another_model(model, prefilled, path, tmp_path):
+    fast = LanguageModel(quantize_linear(model.model))
+    with pytest.raises(ValueError, match="was saved from another model: its weights"):
+        load_prefill(path, fast)
+    read = fast.prefill(PROMPTS, attention="dense")
+    save_prefill(read, tmp_path / "fast", fast)
+    np.testing.assert_array_equal(load_prefill(tmp_path / "fast", fast).logits, read.logits)
+    with pytest.raises(ValueError, match="was saved from another model: its weights"):
+        load_prefill(tmp_path / "fast", model)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

@@ -28,12 +28,13 @@ from minference_jax.generate.prompts import pad_prompts
 from minference_jax.implementations import device_of, memory_for
 from minference_jax.measure import DENSE, CallTimer, ChosenAttention, PrefillTimer
 from minference_jax.measure.energy import LEAST_SECONDS
+from minference_jax.models import linear_of
 
 LENGTHS = (8192, 32768, 131072)
 """Tokens, where no lengths are asked for and the model reads so many."""
 SAME = (
-    *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "length", "dtype", "layers", "chunk_size"),
-    *("device", "jax", "jaxlib", "commit"),
+    *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "length", "dtype", "linear", "layers"),
+    *("chunk_size", "device", "jax", "jaxlib", "commit"),
 )
 """Fields of a record that make two of them the same measurement."""
 
@@ -240,6 +241,7 @@ class PrefillBench:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "dtype": str(self._model.model.dtype),
+            "linear": linear_of(self._model.model),
             "layers": config.num_layers,
             "model_layers": self._subject.model_layers,
             "chunk_size": self._chunk_size,

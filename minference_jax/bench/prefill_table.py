@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from minference_jax.bench.records import milliseconds
 
-_MODEL = ("device", "commit", "case", "dtype", "layers", "chunk_size")  # what one table is of
+_MODEL = ("device", "commit", "case", "dtype", "linear", "layers", "chunk_size")  # what one table is of
 _MEASURED = (
-    *("device", "case", "dtype", "layers", "chunk_size", "attention", "pattern", "slash_granularity", "lists"),
-    "length",
+    *("device", "case", "dtype", "linear", "layers", "chunk_size", "attention", "pattern", "slash_granularity"),
+    *("lists", "length"),
 )
 
 
@@ -121,6 +121,8 @@ def _caption(group: Sequence[Pair]) -> str:
     if first["layers"] != first["model_layers"]:
         layers = f"the first {first['layers']} of {first['model_layers']} layers"
     said = [f"Prefill of {first['case']}, {layers}, {first['dtype']}"]
+    if first["linear"] is not None:
+        said.append(f"linear layers of {first['linear']}")
     if first["chunk_size"] is not None:
         said.append(f"{first['chunk_size']:,} tokens at a time")
     text = f"{', '.join(said)}; medians, dense and sparse in turn."

@@ -12,14 +12,21 @@ from jax import Array
 
 from minference_jax.bench.inputs import normal
 from minference_jax.generate import LanguageModel
-from minference_jax.models import DecoderConfig, from_parameters, parameter_shapes, parameters_of
+from minference_jax.models import DecoderConfig, from_parameters, parameter_shapes, parameters_of, quantize_parameters
+from minference_jax.models.fp8 import check_linear, is_quantized
 from minference_jax.models.layers import INIT_SCALE
 from minference_jax.patterns import ModelPatterns
 from minference_jax.tile_table import TileTable
 
 
 def random_model(
-    config: DecoderConfig, *, dtype: str, patterns: ModelPatterns | None, tiles: TileTable, seed: int = 0
+    config: DecoderConfig,
+    *,
+    dtype: str,
+    patterns: ModelPatterns | None,
+    tiles: TileTable,
+    seed: int = 0,
+    linear: str | None = None,
 ) -> LanguageModel:
     """A model without a tokenizer: norms of one, no biases, all else normal with the models' own deviation.
 
@@ -29,16 +36,22 @@ def random_model(
       patterns: of every head; None = the default pattern for every head.
       tiles: measured tile sizes.
       seed: of the weights.
+      linear: as in `load`; each weight is quantised as soon as it is made.
 
     Raises:
-      ValueError: patterns of another number of layers or heads.
+      ValueError: patterns of another number of layers or heads, an unknown `linear`.
       MemoryError: the device has too little for the weights.
     """
+    check_linear(linear)
     shapes = parameter_shapes(config)
     keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), len(shapes)), strict=True))
-    bytes_needed = sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
+    widths = {name: 1 if linear and is_quantized(name) else jnp.dtype(dtype).itemsize for name in shapes}
+    bytes_needed = sum(widths[name] * math.prod(shape) for name, shape in shapes.items())
     try:
-        parameters = {name: _parameter(keys[name], name, shape, dtype) for name, shape in shapes.items()}
+        parameters: dict[str, Array] = {}
+        for name, shape in shapes.items():
+            one = {name: _parameter(keys[name], name, shape, dtype)}
+            parameters |= one if linear is None else quantize_parameters(one)
         jax.block_until_ready(parameters)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

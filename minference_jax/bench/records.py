@@ -17,7 +17,8 @@ from minference_jax.measure import device_name
 
 FIELDS = (
     *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
-    *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype", "layers", "model_layers", "chunk_size"),
+    *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype", "linear", "layers", "model_layers"),
+    "chunk_size",
     *("density", "ms", "ms_spread", "extrapolated_ms", "tokens_per_second", "compile_ms"),
     *("linear_ms", "cache_ms", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
     *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "host_peak_bytes", "host_peak_of", "joules"),
@@ -34,9 +35,10 @@ logit. In suite "search" it is that of a layer's attention output relative to de
 peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
 process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
 
-Suite "prefill", whole prefills: ms, compile_ms and all else are of the `layers` that were run; where the model has
-more, `model_layers`, extrapolated_ms = ms * model_layers / layers, which was not measured. linear_ms is a prefill whose
-attention gives back its queries: everything but attention, with the embedding, the writes to the cache and the logits.
+Suite "prefill", whole prefills: linear is "fp8" where linear layers are of 8-bit numbers, null where of `dtype`. ms,
+compile_ms and all else are of the `layers` that were run; where the model has more, `model_layers`, extrapolated_ms =
+ms * model_layers / layers, which was not measured. linear_ms is a prefill whose attention gives back its queries:
+everything but attention, with the embedding, the writes to the cache and the logits.
 cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
 every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
 less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.

@@ -6,9 +6,8 @@ import argparse
 from typing import Any
 
 from minference_jax.bench.shapes import SHAPES
-from minference_jax.cli.parser import Parser, add_attention, add_progress
+from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_progress
 from minference_jax.cli.values import four_sizes, positive
-from minference_jax.kernels.tiles import DTYPES
 
 SPARSE_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse")
 
@@ -60,7 +59,7 @@ def _add_prefill(suites: Any) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=SHAPES, help="a model of this shape with random weights, made on the device")
     which.add_argument("--model", metavar="MODEL", help="a model with its own weights: what load takes")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations, cache (bfloat16; MODEL: as stored)")
+    add_dtype(parser, help="of weights, activations, cache (bfloat16; MODEL: as stored)")
     parser.add_argument(
         "--layers",
         type=positive,

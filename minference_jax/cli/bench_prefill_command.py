@@ -81,6 +81,7 @@ def _of_shape(arguments: argparse.Namespace) -> Subject:
         dtype=arguments.dtype or _DTYPE,
         patterns=first_patterns(patterns, layers),
         tiles=choose_tiles(arguments.tiles),
+        linear=arguments.linear,
     )
     return Subject(arguments.shape, model, whole, "activations of random weights", label)
 

@@ -9,10 +9,10 @@ from minference_jax.cli.parser import (
     MODEL_HELP,
     add_attention,
     add_compilation_cache,
+    add_dtype,
     add_progress,
 )
 from minference_jax.cli.values import not_negative, port, positive
-from minference_jax.kernels.tiles import DTYPES
 
 _ATTENTIONS = tuple(name for name in ATTENTION_NAMES if name != "dense")
 
@@ -35,7 +35,7 @@ def add_demo(commands: Any) -> None:
         metavar="MODEL",
         help=f"{MODEL_HELP}; of several visitors choose one",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_dtype(parser)
     add_compilation_cache(parser)
     add_progress(parser)
     add_attention(parser, choices=_ATTENTIONS, default="what pays at the length of the example")

@@ -36,6 +36,7 @@ from minference_jax.evaluate.samples import Samples, check_lengths, check_names
 from minference_jax.evaluate.statistics import quantile
 from minference_jax.figures import check_picture
 from minference_jax.generate import LanguageModel
+from minference_jax.models import linear_of
 
 _SEED = 42  # where none is given
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = summarize(records, arguments.confidence)
     print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else table(rows), flush=True)
     if arguments.summary is not None:
-        facts = settings | {"dtype": str(model.model.dtype)}
+        facts = settings | {"dtype": str(model.model.dtype), "linear": linear_of(model.model)}
         for row in rows:
             append(Path(arguments.summary), {**facts, **row})
     if arguments.plot is not None:

@@ -16,7 +16,7 @@ _ATTENTION_HELP = (
 
 
 def add_evaluate(commands: Any) -> None:
-    """Adds `evaluate`, with its four benchmarks, to the subcommands."""
+    """Adds `evaluate`, with its benchmarks, to the subcommands."""
     parser = commands.add_parser(
         "evaluate",
         help="compare answers and perplexity with those of dense attention",
@@ -53,6 +53,18 @@ def add_evaluate(commands: Any) -> None:
     text.add_argument("--text", metavar="FILE", required=True, help="prose (UTF-8), the length times the samples long")
     text.add_argument("--steps", type=positive, default=8, metavar="N", help="ranges of positions (8)")
     _add_samples(text, 1, "excerpts for each length")
+    _add_linear(suites)
+
+
+def _add_linear(suites: Any) -> None:
+    does = "what 8-bit linear layers cost: the error of each product, of the logits, and perplexity"
+    parser = suites.add_parser("linear", help=does, description=f"{does[0].upper()}{does[1:]}; with dense attention.")
+    unused = {"pattern": None, "attention": "minference", "tiles": None}
+    parser.set_defaults(module="evaluate_linear_command", **unused)
+    add_model(parser)
+    parser.add_argument("--text", metavar="FILE", required=True, help="prose (UTF-8), whose first tokens are read")
+    parser.add_argument("--length", type=positive, default=2048, metavar="N", help="tokens, at most 16384 (2048)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def _add_suite(suites: Any, name: str, does: str) -> Any:

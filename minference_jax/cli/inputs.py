@@ -39,7 +39,8 @@ def load_model(arguments: argparse.Namespace) -> LanguageModel:
         use_compilation_cache(arguments.compilation_cache or None)
     import_transformers().logging.set_verbosity_error()  # its advice is for programmers
     with ByteBars(wants_bars(arguments.progress)) as progress:
-        options = {"dtype": arguments.dtype, "patterns": arguments.pattern, "tiles": arguments.tiles}
+        options = {"dtype": arguments.dtype, "linear": arguments.linear}
+        options |= {"patterns": arguments.pattern, "tiles": arguments.tiles}
         return load(arguments.model, **options, progress=progress)
 
 

@@ -9,6 +9,7 @@ from minference_jax.cli.values import not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
+LINEAR_NAMES = ("fp8",)
 MODEL_HELP = (
     "checkpoint folder, Hugging Face folder or hub id, GGUF file, or .whl or .zip with one; "
     "without it SmolLM2-135M-Instruct, downloaded and converted once"
@@ -197,9 +198,19 @@ def _add_autotune(commands: Any) -> None:
 def add_model(parser: Parser) -> None:
     """Adds the options that choose a model."""
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache; without it as stored")
+    add_dtype(parser)
     add_compilation_cache(parser)
     add_progress(parser)
+
+
+def add_dtype(parser: Parser, help: str = "of weights, activations and cache; without it as stored") -> None:
+    """Adds --dtype and --linear."""
+    parser.add_argument("--dtype", choices=DTYPES, help=help)
+    parser.add_argument(
+        "--linear",
+        choices=LINEAR_NAMES,
+        help="linear layers of 8-bit floating-point numbers: half the memory, some error; without it of --dtype",
+    )
 
 
 def add_compilation_cache(parser: Parser) -> None:

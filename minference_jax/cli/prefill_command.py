@@ -15,6 +15,7 @@ from minference_jax.cli.inputs import choose_attention, encode_prompt, load_mode
 from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.generate import LanguageModel
 from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, compare, device_name, steps_of
+from minference_jax.models import linear_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,6 +54,7 @@ def record(
     return {
         "model": name,
         "dtype": str(model.model.dtype),
+        "linear": linear_of(model.model),
         "tokens": len(prompt.tokens),
         "chat_template": prompt.is_chat,
         "attention": attention.name,
@@ -93,8 +95,9 @@ def report(facts: dict[str, Any]) -> str:
         density += f"; heads from {facts['density_min']:.3f} to {facts['density_max']:.3f}"
     peak = "unknown" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 1e9:.2f} GB ({facts['peak_of']})"
     runs = len(facts["dense_runs"])
+    linear = "" if facts["linear"] is None else f", linear layers of {facts['linear']}"
     lines = [
-        f"model        {facts['model']}, {facts['dtype']}",
+        f"model        {facts['model']}, {facts['dtype']}{linear}",
         f"device       {facts['device']}; jax {facts['versions']['jax']}",
         f"prompt       {facts['tokens']} tokens, {'in the chat template' if facts['chat_template'] else 'plain text'}",
         f"attention    {attention}, implementation {facts['implementation']}",

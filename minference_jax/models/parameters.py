@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from minference_jax.models.config import DecoderConfig
 from minference_jax.models.decoder import Decoder
+from minference_jax.models.fp8 import FP8, SCALE, WEIGHT, check_linear, linear_of, quantize_parameters, replace_linear
 from minference_jax.models.glm import Glm, GlmConfig
 from minference_jax.models.llama import Llama, LlamaConfig
 from minference_jax.models.phi3 import Phi3, Phi3Config
@@ -25,13 +27,18 @@ _MODELS: dict[type[DecoderConfig], type[Decoder]] = {
     GlmConfig: Glm,
 }
 
+_FP8_DTYPES = {WEIGHT: jnp.dtype(FP8).name, SCALE: "float32"}  # by how the names of an 8-bit layer's parameters end
 
-def _abstract_model(config: DecoderConfig) -> Decoder:
-    """The model of `config` with shapes in place of arrays."""
+
+def _abstract_model(config: DecoderConfig, *, is_fp8: bool = False) -> Decoder:
+    """The model of `config`, its linear layers 8-bit where asked for, with shapes in place of arrays."""
     if type(config) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
         raise ValueError(f"no model is known for a config of type {type(config).__name__}; known: {known}")
-    return nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+    if is_fp8:
+        replace_linear(model.layers)
+    return model
 
 
 def _by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -54,12 +61,14 @@ def from_parameters(config: DecoderConfig, parameters: Mapping[str, jax.Array]) 
 
     Args:
         config: shape and switches.
-        parameters: name -> array for exactly the names of `parameter_shapes(config)`, all of one dtype.
+        parameters: name -> array for exactly the names of `parameter_shapes(config)`, all of one dtype; or what
+            `quantize_parameters` makes of all of them.
 
     Raises:
-        ValueError: names that are missing or unknown, shapes that differ (all listed at once), or several dtypes.
+        ValueError: names that are missing or unknown, shapes that differ, 8-bit weights or scales of another dtype (all
+            listed at once), or several dtypes.
     """
-    model = _abstract_model(config)
+    model = _abstract_model(config, is_fp8=any(name.endswith(SCALE) for name in parameters))
     variables = _by_name(model)
     faults = [f"missing: {name}" for name in variables.keys() - parameters.keys()]
     faults += [f"unknown: {name}" for name in parameters.keys() - variables.keys()]
@@ -67,11 +76,33 @@ def from_parameters(config: DecoderConfig, parameters: Mapping[str, jax.Array]) 
         have, need = tuple(parameters[name].shape), tuple(variables[name].shape)
         if have != need:
             faults.append(f"misshapen: {name} is {list(have)}, the model needs {list(need)}")
+        dtype = next((kind for end, kind in _FP8_DTYPES.items() if name.endswith(end)), None)
+        if dtype not in (None, str(parameters[name].dtype)):
+            faults.append(f"mistyped: {name} is {parameters[name].dtype}, the model needs {dtype}")
     if faults:
         raise ValueError("these parameters do not fit the model:\n  " + "\n  ".join(sorted(faults)))
-    dtypes = sorted({str(array.dtype) for array in parameters.values()})
+    plain = [array for name, array in parameters.items() if not name.endswith(tuple(_FP8_DTYPES))]
+    dtypes = sorted({str(array.dtype) for array in plain})
     if len(dtypes) > 1:
         raise ValueError(f"all parameters must have one dtype, got {', '.join(dtypes)}")
     for name, variable in variables.items():
-        variable.set_value(jax.numpy.asarray(parameters[name]))
+        variable.set_value(jnp.asarray(parameters[name]))
     return model
+
+
+def quantize_linear(model: Decoder, linear: str = "fp8") -> Decoder:
+    """The model with every linear layer of its layers (q, k, v, o, gate, up, down) computed in another way.
+
+    Embeddings, norms, biases and lm_head are shared with the given model, which stays as it is.
+
+    Args:
+        model: any decoder.
+        linear: "fp8": weights and activations as 8-bit floating-point numbers; see `minference_jax.models.fp8`.
+
+    Raises:
+        ValueError: another `linear`, or a model whose linear layers are so already.
+    """
+    check_linear(linear)
+    if linear_of(model) is not None:
+        raise ValueError(f"the model's linear layers are {linear_of(model)} already")
+    return from_parameters(model.config, quantize_parameters(parameters_of(model)))
