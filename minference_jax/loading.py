@@ -21,7 +21,7 @@ from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.sources import locate, source_config
 from minference_jax.convert.weight_source import Progress
 from minference_jax.generate import LanguageModel
-from minference_jax.models import DecoderConfig, from_parameters, quantize_parameters
+from minference_jax.models import DecoderConfig, abstract_model, from_parameters, quantize_parameters
 from minference_jax.models.fp8 import check_linear
 from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
 from minference_jax.patterns.registry import resolve_patterns
@@ -80,6 +80,29 @@ def load(
     config, parameters = load_parameters(model, dtype=dtype, progress=progress)
     module = from_parameters(config, parameters if linear is None else _quantized(parameters))
     return LanguageModel(module, tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
+
+
+def load_shapes(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    linear: str | None = None,
+    patterns: str | os.PathLike[str] | ModelPatterns | HeadPattern | None = None,
+    tiles: str | os.PathLike[str] | TileTable | None = None,
+) -> LanguageModel:
+    """What `load` gives, without a tokenizer and with shapes in place of weights: to plan and compile, not to read.
+
+    Args:
+        model, linear, patterns, tiles: as in `load`; of a hub id only the config is downloaded.
+        dtype: of parameters, activations and cache.
+
+    Raises:
+        ValueError, OSError: as `load`.
+    """
+    small_files = locate(model, weights=False)
+    config = load_config(small_files)
+    chosen = choose_patterns(small_files, config, patterns, name=model)
+    return LanguageModel(abstract_model(config, dtype=dtype, linear=linear), None, chosen, tiles=choose_tiles(tiles))
 
 
 def _quantized(parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:

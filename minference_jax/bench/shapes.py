@@ -28,6 +28,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 283461213.0,
         "max_position_embeddings": 262144,
     },
+    "llama3-8b-1m": _LLAMA_8B
+    | {
+        "_name_or_path": "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
+        "rope_theta": 3580165449.0,
+        "max_position_embeddings": 1048576,
+    },
     "llama3.1-8b": _LLAMA_8B
     | {
         "_name_or_path": "meta-llama/Llama-3.1-8B-Instruct",

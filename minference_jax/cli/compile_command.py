@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 
-import jax
-
 from minference_jax.cli.inputs import choose_attention, load_model
 from minference_jax.compilation import use_compilation_cache
 from minference_jax.generate import CompiledProgram, compile_ahead
+from minference_jax.measure import memory_limit
 
 _SIZES = ("in, GB", "out, GB", "between", "all, GB")
-_HEADING = f"{'program':8} {'batch':>5} {'tokens':>10} {'seconds':>8} " + " ".join(f"{size:>8}" for size in _SIZES)
+HEADING = f"{'program':8} {'batch':>5} {'tokens':>10} {'seconds':>8} " + " ".join(f"{size:>8}" for size in _SIZES)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
         slash_granularity=attention.slash_granularity,
         implementation=arguments.implementation,
     )
-    limit, too_big = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf), None
-    print(_HEADING)
+    limit, too_big = memory_limit() or math.inf, None
+    print(HEADING)
     for program in programs:
         print(line(program), flush=True)
         if program.total_bytes > limit:
@@ -46,8 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if too_big is not None:
         raise MemoryError(
             f"{too_big.name} of {too_big.batch} x {too_big.length} tokens takes {too_big.total_bytes / 1e9:.2f} GB, "
-            f"jax may use {limit / 1e9:.2f} GB of this device: a smaller batch, --chunk-size or --dtype bfloat16 takes "
-            f"less"
+            f"jax may use {limit / 1e9:.2f} GB of this device: `minference-jax plan` finds what takes less"
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from minference_jax.cli.values import not_negative, positive
+from minference_jax.bench.shapes import SHAPES
+from minference_jax.cli.values import factor, not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
@@ -60,6 +61,7 @@ def build_parser(program: str) -> Parser:
     _add_prefill(commands)
     _add_generate(commands)
     _add_compile(commands)
+    _add_plan(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_patterns(commands)
@@ -120,6 +122,28 @@ def _add_compile(commands: Any) -> None:
         "--max-new-tokens", type=not_negative, default=256, metavar="N", help="most tokens of an answer, 0 = none (256)"
     )
     parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time (all)")
+    add_attention(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="tell beforehand whether a prompt and its answer fit the device",
+        description="Compile what reads a prompt of that length and answers it, without weights, and print the device "
+        "memory that each program takes. Where the device has less, say so and which setting would fit.",
+    )
+    parser.set_defaults(module="plan_command")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="MODEL", help="what load takes; only its config is read")
+    which.add_argument("--shape", choices=SHAPES, help="a model of this shape")
+    add_dtype(parser, help="of weights, activations and cache (bfloat16)")
+    parser.add_argument("--length", type=positive, required=True, metavar="N", help="tokens of the prompt")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
+    parser.add_argument(
+        "--max-new-tokens", type=not_negative, default=256, metavar="N", help="most tokens of an answer, 0 = none (256)"
+    )
+    parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time, multiple of 128 (all)")
+    parser.add_argument("--memory", type=factor, metavar="GB", help="of the device; without it what jax may use of it")
     add_attention(parser)
 
 

@@ -13,7 +13,7 @@ from minference_jax.measure.attentions import (
     takes_granularity,
 )
 from minference_jax.measure.comparison import Answer, Comparison, Side, Step, compare, greedy_tokens, steps_of
-from minference_jax.measure.device import device_name, host_peak, peak_memory, reset_host_peak
+from minference_jax.measure.device import device_name, host_peak, memory_limit, peak_memory, reset_host_peak
 from minference_jax.measure.prompts import Prompt, encode_question
 from minference_jax.measure.timing import CallTimer, PrefillTimer
 
@@ -35,6 +35,7 @@ __all__ = [
     "encode_question",
     "greedy_tokens",
     "host_peak",
+    "memory_limit",
     "peak_memory",
     "reset_host_peak",
     "steps_of",

@@ -30,6 +30,11 @@ def peak_memory() -> tuple[int | None, str]:
     return host_peak(), "process"
 
 
+def memory_limit() -> int | None:
+    """Bytes that jax may use of its default device; None = it does not say, as a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def host_peak() -> int | None:
     """The most memory that this process has held, in bytes, since it began or `reset_host_peak`; None = unknown."""
     if sys.platform == "win32":

@@ -6,7 +6,13 @@ from minference_jax.models.fp8 import linear_of, quantize_parameters
 from minference_jax.models.glm import Glm, GlmConfig
 from minference_jax.models.layers import Attend, dense_attend
 from minference_jax.models.llama import Llama, LlamaConfig
-from minference_jax.models.parameters import from_parameters, parameter_shapes, parameters_of, quantize_linear
+from minference_jax.models.parameters import (
+    abstract_model,
+    from_parameters,
+    parameter_shapes,
+    parameters_of,
+    quantize_linear,
+)
 from minference_jax.models.partition import parameter_shardings
 from minference_jax.models.phi3 import Phi3, Phi3Config
 from minference_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -25,6 +31,7 @@ __all__ = [
     "Qwen3",
     "Qwen3Config",
     "RopeConfig",
+    "abstract_model",
     "dense_attend",
     "from_parameters",
     "linear_of",

@@ -30,13 +30,25 @@ _MODELS: dict[type[DecoderConfig], type[Decoder]] = {
 _FP8_DTYPES = {WEIGHT: jnp.dtype(FP8).name, SCALE: "float32"}  # by how the names of an 8-bit layer's parameters end
 
 
-def _abstract_model(config: DecoderConfig, *, is_fp8: bool = False) -> Decoder:
-    """The model of `config`, its linear layers 8-bit where asked for, with shapes in place of arrays."""
+def abstract_model(
+    config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, linear: str | None = None
+) -> Decoder:
+    """The model of `config` with shapes in place of arrays, which take no memory.
+
+    Args:
+        config: shape and switches.
+        dtype: of the parameters.
+        linear: as in `load`.
+
+    Raises:
+        ValueError: no model is known for the config, or an unknown `linear`.
+    """
+    check_linear(linear)
     if type(config) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
         raise ValueError(f"no model is known for a config of type {type(config).__name__}; known: {known}")
-    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
-    if is_fp8:
+    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0), param_dtype=dtype))
+    if linear is not None:
         replace_linear(model.layers)
     return model
 
@@ -48,7 +60,7 @@ def _by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the model; takes no memory."""
-    return {name: tuple(variable.shape) for name, variable in _by_name(_abstract_model(config)).items()}
+    return {name: tuple(variable.shape) for name, variable in _by_name(abstract_model(config)).items()}
 
 
 def parameters_of(model: nnx.Module) -> dict[str, jax.Array]:
@@ -68,7 +80,7 @@ def from_parameters(config: DecoderConfig, parameters: Mapping[str, jax.Array]) 
         ValueError: names that are missing or unknown, shapes that differ, 8-bit weights or scales of another dtype (all
             listed at once), or several dtypes.
     """
-    model = _abstract_model(config, is_fp8=any(name.endswith(SCALE) for name in parameters))
+    model = abstract_model(config, linear="fp8" if any(name.endswith(SCALE) for name in parameters) else None)
     variables = _by_name(model)
     faults = [f"missing: {name}" for name in variables.keys() - parameters.keys()]
     faults += [f"unknown: {name}" for name in parameters.keys() - variables.keys()]
