@@ -116,7 +116,7 @@ def quantize_parameters(parameters: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     Args:
         parameters: some or all of a model's, as `parameters_of` gives them.
     """
-    quantized = {}
+    quantized: dict[str, jax.Array] = {}
     for name, array in parameters.items():
         if is_quantized(name):
             weight, scale = _quantize_layers(array)
