@@ -16,10 +16,9 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs in a folder and takes them from there, from now on in this process.
 
     XLA's choices among GPU programs, which it makes by timing them, are kept with them and by themselves, so that a new
-    program that holds a matrix product of another one does not choose for it again; 8-bit products take XLA longest,
-    and XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves it few to choose among. A program is found again by
-    later processes with the same versions of jax and of the driver, on the same kind of device, from whatever place in
-    the code it is called. To that end jax is told to leave source lines out of programs, so its profiler shows none.
+    program that holds a matrix product of another one does not choose for it again. A program is found again by later
+    processes with the same versions of jax and of the driver, on the same kind of device, from whatever place in the
+    code it is called. To that end jax is told to leave source lines out of programs, so its profiler shows none.
     Nothing is ever removed; delete the folder, or set `jax_compilation_cache_max_size`.
 
     Args:

@@ -49,7 +49,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16", of parameters, activations and cache; None = as stored.
         linear: "fp8" = weights and activations of every linear layer but lm_head are quantised to 8-bit floating-point
             numbers, weights here and activations as they come (see `minference_jax.models.fp8`): half the memory, and
-            on Hopper products of about twice the rate, for an error that `linear_errors` measures. None = in `dtype`.
+            on Hopper 8-bit products, for an error that `minference_jax.evaluate.linear_errors` measures. None = in
+            `dtype`.
         patterns: of every head: a pattern file; a folder of the published files, or a MInference release (.tar.gz,
             .zip, .whl or folder), from which the one for this model is taken, by the model's name, else by its config
             (`patterns.source` of the result says which and why); ModelPatterns; or one HeadPattern for all heads. None

@@ -28,14 +28,12 @@ class Case(NamedTuple):
         function: of arrays alone; bind everything else with functools.partial.
         arguments: pytrees of jax.ShapeDtypeStruct, one for each argument.
         products: whether the report is of matrix products by XLA, and not of Pallas kernels.
-        options: of XLA's compiler, by the names of its flags.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     products: bool = False
-    options: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
 class Report(NamedTuple):
@@ -202,8 +200,7 @@ def _compile(kind: str, case: Case) -> None:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from 0.11 on the Triton lowering takes the card from it
-        lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",))
-        lowered.compile(compiler_options=case.options or None)
+        jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
 @contextlib.contextmanager

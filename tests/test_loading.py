@@ -89,6 +89,13 @@ def test_linear_layers_are_8_bit_where_asked_for(folder):
     assert np.abs(expected - exact.prefill(prompt, attention="dense").logits).max() > 0
 
 
+def test_a_weight_is_let_go_when_its_8_bit_form_is_there():
+    given = {f"layers.mlp.{name}_proj.kernel": jnp.ones((2, 8, 4)) for name in ("up", "gate")} | {"x": jnp.ones(3)}
+    quantized = loading._quantized(given)
+    assert given == {}
+    assert len(quantized) == 5
+
+
 def test_another_kind_of_linear_layers_is_refused_before_weights_are_read(folder, monkeypatch):
     monkeypatch.setattr(loading, "load_parameters", None)
     with pytest.raises(ValueError, match="linear='int3' must be \"fp8\", or None"):

@@ -9,12 +9,14 @@ Hopper, nothing is transposed at run time. Where a device has no 8-bit units XLA
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minference_jax.implementations import device_of
 from minference_jax.models.layers import Linear
 
 LINEAR = ("fp8",)
@@ -22,6 +24,11 @@ LINEAR = ("fp8",)
 FP8 = jnp.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of FP8; what is rounded beyond 464 is NaN there."""
+ALGORITHM = jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+"""Of products on 8-bit units. The same without FAST_ACCUM sums in float32, in more time."""
+CAN_NAME_ALGORITHM = jax.__version_info__ < (0, 12)
+"""Whether jax hands an algorithm of FP8 to its CUDA plugin; 0.12.0 fails to ("failed to legalize")."""
+_UNITS_FROM = (8, 9)  # compute capability: NVIDIA's Ada, then Hopper
 WEIGHT, SCALE = ".weight", ".weight_scale"  # how the names of an Fp8Linear's parameters end
 _KERNEL = ".kernel"  # and that of a Linear
 
@@ -43,11 +50,26 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(exact / scale, -LARGEST, LARGEST).astype(FP8), scale
 
 
+def _multiply(rows: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """8-bit rows [..., in] times 8-bit weight [out, in], in `dtype`.
+
+    Where the device has 8-bit units the product names the algorithm that only cuBLASLt has: XLA would else compile and
+    time tens of Triton kernels for it. Of a single row XLA makes no matrix product, and knows no such algorithm.
+    """
+    contracted = (((rows.ndim - 1,), (1,)), ((), ()))
+    plain = partial(jax.lax.dot_general, dimension_numbers=contracted, preferred_element_type=dtype)
+    device = device_of()
+    has_units = device.platform == "cuda" and (device.compute_capability or (0, 0)) >= _UNITS_FROM
+    if not (has_units and CAN_NAME_ALGORITHM) or rows.size == rows.shape[-1]:
+        return plain(rows, weight)
+    return jax.lax.platform_dependent(rows, weight, cuda=partial(plain, precision=ALGORITHM), default=plain)
+
+
 class Fp8Linear(nnx.Module):
     """x @ weight.T of 8-bit numbers, times the scales of both, plus a bias where there is one; see the module.
 
-    The product comes in the dtype of x (of a float16 x, whose range is too small, in float32), summed as the device's
-    8-bit units sum: in float32, of which Hopper's keep fewer bits. It is scaled, and the bias added, in float32.
+    The product comes in the dtype of x (of a float16 x, whose range is too small, in float32), summed in float32, but
+    by Hopper's 8-bit units in fewer bits. It is scaled, and the bias added, in float32.
 
     Args:
         weight: float8_e4m3fn [out, in].
@@ -64,8 +86,7 @@ class Fp8Linear(nnx.Module):
         """x [..., in] -> [..., out] in the dtype of x."""
         rows, row_scale = quantize_rows(x)
         dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
-        contracted = (((x.ndim - 1,), (1,)), ((), ()))
-        product = jax.lax.dot_general(rows, self.weight[...], contracted, preferred_element_type=dtype)
+        product = _multiply(rows, self.weight[...], dtype)
         out = product.astype(jnp.float32) * (row_scale * self.weight_scale[...])
         return (out if self.bias is None else out + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -95,7 +116,7 @@ def quantize_parameters(parameters: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     Args:
         parameters: some or all of a model's, as `parameters_of` gives them.
     """
-    quantized = {}
+    quantized: dict[str, jax.Array] = {}
     for name, array in parameters.items():
         if is_quantized(name):
             weight, scale = _quantize_layers(array)

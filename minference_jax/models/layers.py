@@ -38,8 +38,14 @@ def per_token(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     batch, count = arrays[0].shape[:2]
     if batch * count <= TOKENS_AT_ONCE:
         return function(*arrays)
-    rows = tuple(array.reshape(batch * count, *array.shape[2:]) for array in arrays)
-    out = jax.lax.map(lambda row: function(*row), rows, batch_size=TOKENS_AT_ONCE)
+    rows = [array.reshape(batch * count, *array.shape[2:]) for array in arrays]
+    whole = batch * count // TOKENS_AT_ONCE * TOKENS_AT_ONCE
+    parts = tuple(array[:whole].reshape(-1, TOKENS_AT_ONCE, *array.shape[1:]) for array in rows)
+    out = jax.lax.map(lambda part: function(*part), parts)
+    out = jax.tree.map(lambda array: array.reshape(whole, *array.shape[2:]), out)
+    if whole < batch * count:
+        rest = function(*(array[whole:] for array in rows))
+        out = jax.tree.map(lambda first, last: jnp.concatenate([first, last]), out, rest)
     return jax.tree.map(lambda array: array.reshape(batch, count, *array.shape[1:]), out)
 
 
