@@ -26,7 +26,15 @@ from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, list
 
 
 def dense(
-    q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array, tiles: TileConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    q_offset: Array,
+    kv_len: Array,
+    tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Causal attention of a query chunk over a cache; arguments and results as in ``attention``.
 
@@ -34,7 +42,8 @@ def dense(
     """
     tiles = TileConfig(block_q=WHOLE, block_kv=WHOLE, num_stages=tiles.num_stages)
     layout = everything(q.shape[0], q.shape[2], q.shape[1], k.shape[1], tiles)
-    return attention(q, k, v, layout, scale=scale, q_offset=q_offset, kv_len=kv_len, tiles=tiles)
+    where: dict[str, Any] = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles}
+    return attention(q, k, v, layout, scale=scale, skip_threshold=skip_threshold, **where)
 
 
 def attention(
@@ -47,6 +56,7 @@ def attention(
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Attention over exactly the pairs of ``layout_mask(layout)``.
 
@@ -57,16 +67,19 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: 64 queries by 64 keys, or 128 by 128.
+      skip_threshold: None: it skips no tiles.
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
 
     Raises:
-      NotImplementedError: fewer than 64 queries, room for fewer than 64 keys, or for so many columns that what says
+      NotImplementedError: a skip_threshold, fewer than 64 queries, room for fewer than 64 keys, or for so many columns that what says
         which queries count each of them takes more memory than queries and output.
     """
     batch, q_len, num_heads, head_dim = q.shape
     kv_capacity = k.shape[1]
+    if skip_threshold is not None:
+        raise NotImplementedError("it takes no skip_threshold")
     if min(q_len, kv_capacity) < HALF:
         raise NotImplementedError(f"it needs {HALF} queries and keys, not {q_len} and {kv_capacity}")
     _check_columns(q, layout)
