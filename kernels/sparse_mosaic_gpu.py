@@ -73,8 +73,8 @@ def attention(
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
 
     Raises:
-      NotImplementedError: a skip_threshold, fewer than 64 queries, room for fewer than 64 keys, or for so many columns that what says
-        which queries count each of them takes more memory than queries and output.
+      NotImplementedError: a skip_threshold, fewer than 64 queries, room for fewer than 64 keys, or for so many columns
+        that what says which queries count each of them takes more memory than queries and output.
     """
     batch, q_len, num_heads, head_dim = q.shape
     kv_capacity = k.shape[1]
