@@ -152,25 +152,23 @@ class Warpgroup(NamedTuple):
         if masked:
             scores = jnp.where(self.seen(part, place, slot), scores, -jnp.inf)
         plgpu.barrier_arrive(held["k_free"].at[slot])
+        largest = scores.max(axis=1) * self.program.scale
         if self.program.log2_threshold is None:
-            acc, weights = self.weigh(acc, scores)
+            acc, weights = self.weigh(acc, scores, largest)
             return acc, Pending(weights, None)
-        matter = self.matter(acc, scores, number)
-
-        def leave(acc, _):
-            return acc, self.nothing(part).weights
-
-        acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores)
+        matter = self.matter(acc, largest, number)
+        leave = lambda acc, *_: (acc, self.nothing(part).weights)  # noqa: E731
+        acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
         return acc, Pending(weights, matter)
 
-    def matter(self, acc: Accumulator, scores, number) -> Array:
+    def matter(self, acc: Accumulator, largest, number) -> Array:
         """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
         program, first = self.program, self.program.held["first"]
         # Two places in turn: until all have read one, the barrier of the next step keeps it.
         place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(2)) * HALF, HALF), HALF)
         votes = first.at[first.shape[0] - 1, self.number, place]
-        below = scores.max(axis=1) * program.scale < acc.top + program.log2_threshold
-        row = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=_ROWS)
+        below = largest < acc.top + program.log2_threshold
+        row = lax.optimization_barrier(plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=_ROWS))
         end = jnp.minimum(program.inputs.lengths[program.place[0], 1] - program.start, program.q.shape[1] - program.place[2] * WHOLE)
         votes[...] = jnp.where(below | (row >= end - self.number * HALF), 0.0, 1.0).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
@@ -183,7 +181,7 @@ class Warpgroup(NamedTuple):
         program, held = self.program, self.program.held
         slot, last, keys = program.slot(number), program.slot(number - 1), self.keys(part)
 
-        def products(weights, *values):
+        def products(weights, *out):
             def run(refs):
                 scores, *outs = refs
                 for chunk in range(program.chunks):
@@ -193,22 +191,16 @@ class Warpgroup(NamedTuple):
                     self.add_values(outs, weights, last, keys)
                 plgpu.barrier_arrive(self.others_turn)
 
-            return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in values))
+            nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
+            return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in (nothing, *out))))
 
         plgpu.barrier_wait(held["k_here"].at[slot])
-        if pending is not None:
-            plgpu.barrier_wait(held["v_here"].at[last])
-            plgpu.barrier_wait(self.turn)
-        nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
         if pending is None:
-            return acc, products(None, nothing)[0]
-        scores, *out = pending.unless_left_out(
-            lambda weights, *values: tuple(products(weights, *values)),
-            lambda _, scores, *out: (*products(None, scores), *out),
-            pending.weights,
-            nothing,
-            *acc.out,
-        )
+            return acc, products(None)[0]
+        plgpu.barrier_wait(held["v_here"].at[last])
+        plgpu.barrier_wait(self.turn)
+        leave = lambda _, *out: (*products(None), *out)  # noqa: E731
+        scores, *out = pending.unless_left_out(products, leave, pending.weights, *acc.out)
         plgpu.barrier_arrive(held["v_free"].at[last])
         return acc._replace(out=tuple(out)), scores
 
@@ -231,10 +223,10 @@ class Warpgroup(NamedTuple):
         for chunk, out in enumerate(outs):
             plgpu.wgmma(out, weights, self.program.held["v"][1].at[slot, chunk, keys])
 
-    def weigh(self, acc: Accumulator, scores) -> tuple[Accumulator, Array]:
+    def weigh(self, acc: Accumulator, scores, largest) -> tuple[Accumulator, Array]:
         """The softmax: an accumulator that lacks the values of these keys, and their weights."""
         scale = self.program.scale
-        top = jnp.maximum(acc.top, scores.max(axis=1) * scale)
+        top = jnp.maximum(acc.top, largest)
         decay = jnp.exp2(acc.top - top)
         weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
         out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)
