@@ -58,10 +58,12 @@ class Warpgroup(NamedTuple):
 
     Attributes:
       program: what it works on. number: 0 or 1.
+      say: float32 [64], 1 for queries that have a say in what is left out, 0 for padding; None where nothing is.
     """
 
     program: Program
     number: Array
+    say: Array | None = None
 
     @property
     def rows(self) -> Any:
@@ -93,9 +95,18 @@ class Warpgroup(NamedTuple):
         )
         acc = Accumulator(top, total, (zeros,) * self.program.chunks)
         pl.when(self.number == 1)(lambda: plgpu.barrier_wait(self.turn))
-        acc = in_order(parts_of(self.program), self.run, acc)
+        voting = self if self.program.log2_threshold is None else self._replace(say=self.real_rows())
+        acc = in_order(parts_of(self.program), voting.run, acc)
         pl.when(self.number == 0)(lambda: plgpu.barrier_arrive(self.others_turn))
         self.write(acc)
+
+    def real_rows(self) -> Array:
+        """Its queries that are no padding: float32 [64], 1 or 0."""
+        program = self.program
+        row = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=_ROWS) + self.rows.start
+        sequence = program.place[0]
+        end = jnp.minimum(program.inputs.lengths[sequence, 1] - program.inputs.lengths[sequence, 0], program.q.shape[1])
+        return jnp.where(row < end, 1.0, 0.0)
 
     def begin(self) -> None:
         """Frees all of shared memory and waits for the queries."""
@@ -157,7 +168,7 @@ class Warpgroup(NamedTuple):
             acc, weights = self.weigh(acc, scores, largest)
             return acc, Pending(weights, None)
         matter = self.matter(acc, largest, number)
-        leave = lambda acc, *_: (acc, self.nothing(part).weights)  # noqa: E731
+        leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
         acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
         return acc, Pending(weights, matter)
 
@@ -168,15 +179,11 @@ class Warpgroup(NamedTuple):
         place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(2)) * HALF, HALF), HALF)
         votes = first.at[first.shape[0] - 1, self.number, place]
         below = largest < acc.top + program.log2_threshold
-        row = lax.optimization_barrier(plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=_ROWS))
-        end = jnp.minimum(program.inputs.lengths[program.place[0], 1] - program.start, program.q.shape[1] - program.place[2] * WHOLE)
-        votes[...] = jnp.where(below | (row >= end - self.number * HALF), 0.0, 1.0).astype(jnp.bfloat16)
+        votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
         return plgpu.load(votes, *_ALL, layout=_COLUMNS, optimized=False).max().astype(jnp.int32)
 
-    def multiply(
-        self, part: Part, number, acc: Accumulator, pending: Pending | None
-    ) -> tuple[Accumulator, Array]:
+    def multiply(self, part: Part, number, acc: Accumulator, pending: Pending | None) -> tuple[Accumulator, Array]:
         """At the tensor cores: the scores of a step, and the pending weights times the values of the one before."""
         program, held = self.program, self.program.held
         slot, last, keys = program.slot(number), program.slot(number - 1), self.keys(part)
