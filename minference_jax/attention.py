@@ -15,11 +15,11 @@ Arguments that all functions share:
   return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
   skip_threshold: Python number above 0 and below 1, or None = off. A tile of keys is left out, its exponentials and its
     product with the values, where exp(score - largest score of the row so far) is below it for every pair of the tile
-    (skip-softmax, arXiv 2512.12087). What is left out so depends on the tiles and on their order, thus on the
-    implementation, but not on padding. Where n pairs of a row are left out, each weighs less than the threshold t in
-    terms of the row's largest weight: no channel of the output is off by more than n t / (1 + n t) times the range of
-    the values that the row sees, and the log-sum-exp, which is that of the other pairs, by log(1 + n t). Density counts
-    these tiles too. A score of NaN is never left out; values that are, are not read, and a NaN there does not show.
+    (skip-softmax, arXiv 2512.12087). So it depends on the tiles and their order, thus on the implementation, but not on
+    padding. Each of n pairs left out of a row weighs less than the threshold t times the row's largest weight: no
+    channel of the output is off by more than n t / (1 + n t) times the range of the values that the row sees, and the
+    log-sum-exp, that of the other pairs, by log(1 + n t). Density counts these tiles, too. A score of NaN is never left
+    out; a NaN among the values of such a tile does not show.
   implementation: "cudnn" (dense attention on NVIDIA GPUs), "mosaic_gpu" (NVIDIA GPUs of compute capability 9.0, half
     precision, head_dim from 64 to 128), "triton" (NVIDIA GPUs of compute capability 8.0 or later), "xla" (everywhere),
     or None = the first of these that can do the call where q is, or on jax's default device where q is traced. With
@@ -116,7 +116,7 @@ def dense_attention(
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
-    static["skip_threshold"] = _threshold(skip_threshold)
+    static["skip_threshold"] = check_skip_threshold(skip_threshold)
     with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         return _dense(q, k, v, kv_len, q_offset, **static)
 
@@ -190,8 +190,8 @@ def sparse_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
-      skip_threshold: leaves out tiles all of whose weights are below it, against each row's largest so far; None = off.
-        See the module for what that means and how large the error may be.
+      skip_threshold: leaves out tiles all of whose weights are below it, against each row's largest so far; None = off;
+        see the module for how large the error may be.
       implementation: "mosaic_gpu", "triton" or "xla"; None = the first that can do the call.
       tiles: tile sizes; None = those that suit the device.
 
@@ -210,7 +210,8 @@ def sparse_attention(
         raise ValueError(f'{slash_granularity=} must be "line" or "block"')
     arrays, capacities = check_pattern(pattern, q.shape[2], k.shape[1], max_num_blocks, max_num_columns)
     static = {"scale": scale, "slash_granularity": slash_granularity, "capacities": capacities, "tiles": tiles}
-    static |= {"implementation": implementation, "device": device_of(q), "skip_threshold": _threshold(skip_threshold)}
+    static |= {"implementation": implementation, "device": device_of(q)}
+    static["skip_threshold"] = check_skip_threshold(skip_threshold)
     with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
     results = (out, *[lse] * return_lse, *[share] * return_density)
@@ -294,20 +295,7 @@ _STATIC = ("scale", "slash_granularity", "capacities", "implementation", "device
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _sparse(
-    q,
-    k,
-    v,
-    pattern,
-    kv_len,
-    q_offset,
-    *,
-    scale,
-    slash_granularity,
-    capacities,
-    implementation,
-    device,
-    tiles,
-    skip_threshold,
+    q, k, v, pattern, kv_len, q_offset, *, scale, slash_granularity, capacities, implementation, device, tiles, **skip
 ) -> tuple[Array, ...]:
     where = {"scale": scale, **_lengths(kv_len, q_offset, q, k)}
 
@@ -326,8 +314,7 @@ def _sparse(
             **where,
         )
         windows = jnp.where(is_fit(pattern, capacities, k.shape[1]), layout.windows, -1)
-        layout_or_nan = layout._replace(windows=windows)
-        out, lse = entry.sparse(q, k, v, layout_or_nan, skip_threshold=skip_threshold, **where)
+        out, lse = entry.sparse(q, k, v, layout._replace(windows=windows), **skip, **where)
         return out, lse, density(layout, where["q_offset"], where["kv_len"], q.shape[1], where["tiles"])
 
     return first_that_can(run, implementation, (device, q.shape[3], q.dtype.itemsize), q.shape[1], sparse=True)
@@ -379,7 +366,8 @@ def _prepare(q, k, v, scale, kv_len, q_offset):
     return q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), kv_len, q_offset
 
 
-def _threshold(value: float | None) -> float | None:
+def check_skip_threshold(value: float | None) -> float | None:
+    """Gives a threshold back as a float; ValueError: it is not one."""
     if value is None:
         return None
     if not (isinstance(value, int | float | np.floating) and 0 < value < 1):
