@@ -20,7 +20,15 @@ FEW_QUERIES = 4
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array, tiles: TileConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    q_offset: Array,
+    kv_len: Array,
+    tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Causal attention of a query chunk over a cache.
 
@@ -30,6 +38,8 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: not read: the steps here are larger.
+      skip_threshold: as in ``minference_jax.attention``; a tile is one step: about ``ROWS`` rows of all heads of a
+        group with ``WIDTH`` keys or more. Up to ``FEW_QUERIES`` queries take one step, which is never skipped.
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
@@ -54,13 +64,15 @@ def attention(
             index, q = args
             first = offset + index * block_q
             q = q.astype(jnp.float32) * scale
+            # Rows of padding have no say in what is skipped.
+            num_rows = block_q if skip_threshold is None else jnp.minimum(length, offset + q_len) - first
 
             def step(i, acc):
                 at = i * width
                 key = at + jnp.arange(width, dtype=jnp.int32)
-                end = jnp.where(key < length, block_q, 0)
+                end = jnp.where(key < length, num_rows, 0)
                 keys, values = (lax.dynamic_slice_in_dim(x, at, width) for x in (k, v))
-                return softmax.update(acc, q, keys, values, rows, key - first, end)
+                return softmax.update(acc, q, keys, values, rows, key - first, end, skip_threshold)
 
             reach = jnp.where(first < length, jnp.minimum(first + block_q, length), 0)
             acc = lax.fori_loop(0, (reach + width - 1) // width, step, softmax.start(rows.size, head_dim))

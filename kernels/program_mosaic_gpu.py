@@ -53,6 +53,7 @@ class Program(NamedTuple):
       inputs: ``Inputs`` of refs to the rest.
       held: refs to shared memory and barriers by name.
       group_size: query heads of a KV head. scale: positive, in units of log 2. tiles: of the layout.
+      log2_threshold: of the weight below which a warpgroup leaves out a step; None = it takes all.
     """
 
     q: Any
@@ -65,6 +66,7 @@ class Program(NamedTuple):
     group_size: int
     scale: float
     tiles: TileConfig
+    log2_threshold: float | None
 
     @property
     def place(self) -> tuple[Array, Array, Array]:

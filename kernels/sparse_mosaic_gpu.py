@@ -26,7 +26,15 @@ from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, list
 
 
 def dense(
-    q: Array, k: Array, v: Array, *, scale: float, q_offset: Array, kv_len: Array, tiles: TileConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    q_offset: Array,
+    kv_len: Array,
+    tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Causal attention of a query chunk over a cache; arguments and results as in ``attention``.
 
@@ -34,7 +42,8 @@ def dense(
     """
     tiles = TileConfig(block_q=WHOLE, block_kv=WHOLE, num_stages=tiles.num_stages)
     layout = everything(q.shape[0], q.shape[2], q.shape[1], k.shape[1], tiles)
-    return attention(q, k, v, layout, scale=scale, q_offset=q_offset, kv_len=kv_len, tiles=tiles)
+    where: dict[str, Any] = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles}
+    return attention(q, k, v, layout, scale=scale, skip_threshold=skip_threshold, **where)
 
 
 def attention(
@@ -47,6 +56,7 @@ def attention(
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Attention over exactly the pairs of ``layout_mask(layout)``.
 
@@ -57,6 +67,8 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: 64 queries by 64 keys, or 128 by 128.
+      skip_threshold: as in ``minference_jax.attention``; a tile is what a warpgroup takes in one step: 64 queries by 64
+        keys or 128, whatever ``tiles`` says.
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
@@ -75,8 +87,10 @@ def attention(
     v = jax.vmap(valid_rows)(v, kv_len)
     inputs = _inputs(k, v, layout, q_offset=q_offset, kv_len=kv_len, q_len=q_len, tiles=tiles)
     leaves, tree = jax.tree.flatten(inputs)
-    scratch = _scratch(-(-head_dim // CHUNK), tiles.num_stages, q.dtype, inputs.columns is not None)
+    has_columns, has_votes = inputs.columns is not None, skip_threshold is not None
+    scratch = _scratch(-(-head_dim // CHUNK), tiles.num_stages, q.dtype, has_columns, has_votes)
     chosen: dict[str, Any] = {"group_size": num_heads // k.shape[2], "tiles": tiles}
+    chosen["log2_threshold"] = None if skip_threshold is None else math.log2(skip_threshold)
     chosen["scale"] = abs(scale) * math.log2(math.e) if sign else 1.0
 
     def program(q_ref, k_ref, v_ref, *refs: Any) -> None:
@@ -131,7 +145,7 @@ def _inputs(k, v, layout: SparseLayout, *, q_offset, kv_len, q_len: int, tiles: 
     return Inputs(whole, split, listed, columns, layout.windows, jnp.stack([q_offset, kv_len], axis=-1))
 
 
-def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool) -> dict[str, Any]:
+def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool, has_votes: bool) -> dict[str, Any]:
     """Shared memory and barriers of one program."""
     raw = (plgpu.SwizzleTransform(128),)
     tiled = (plgpu.TilingTransform((8, CHUNK)), *raw)
@@ -156,6 +170,8 @@ def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool) -> dict[st
         "v_free": barrier(COMPUTE),
         "turn": barrier(1, COMPUTE),
     }
+    if has_columns or has_votes:  # in one piece: each takes whole KiB. The votes are the last entry.
+        scratch["first"] = plgpu.SMEM((stages * has_columns + has_votes, COMPUTE, WHOLE), jnp.bfloat16)
     if has_columns:
-        scratch |= {"first": plgpu.SMEM((stages, COMPUTE, WHOLE), jnp.bfloat16), "first_here": barrier(COMPUTE)}
+        scratch["first_here"] = barrier(COMPUTE)
     return scratch

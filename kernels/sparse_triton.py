@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from minference_jax.kernels.layouts import (
     side_by_side,
     tile_starts,
 )
+from minference_jax.kernels.softmax import may_matter
 from minference_jax.kernels.tiles import TileConfig, check_head_dim
 
 
@@ -71,12 +73,13 @@ def dense(
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
+    skip_threshold: float | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Causal attention of a query chunk over a cache; arguments and results as in ``attention``."""
     layout = everything(q.shape[0], q.shape[2], q.shape[1], k.shape[1], tiles)
     where: dict[str, Any] = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "interpret": interpret}
-    return attention(q, k, v, layout, scale=scale, **where)
+    return attention(q, k, v, layout, scale=scale, skip_threshold=skip_threshold, **where)
 
 
 def attention(
@@ -89,6 +92,7 @@ def attention(
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
+    skip_threshold: float | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Attention over exactly the pairs of ``layout_mask(layout)``.
@@ -100,6 +104,7 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: tile sizes.
+      skip_threshold: as in ``minference_jax.attention``; a tile is ``block_q`` queries by ``block_kv`` keys or columns.
       interpret: run in Pallas' interpreter, which needs no GPU and is slow: for tests.
 
     Returns:
@@ -128,7 +133,7 @@ def attention(
     inputs = (slashes, listed, columns, layout.windows[..., None])
     lengths = jnp.stack([q_offset, kv_len], axis=-1)
     out, lse = pl.pallas_call(
-        functools.partial(_attention_kernel, scale=scale, tiles=tiles),
+        functools.partial(_attention_kernel, scale=scale, tiles=tiles, skip_threshold=skip_threshold),
         # Programs start in the order of the grid, its first axis fastest: the heads of a group share their keys in the
         # L2 cache, and the longest tiles start first.
         grid=(group_size, slashes.bounds.shape[2], num_kv_heads, batch),
@@ -218,21 +223,61 @@ class _Accumulator(NamedTuple):
     out: tuple[Array, ...]
 
 
-def _add(acc: _Accumulator, q: tuple, keys: tuple, values: tuple, scale: float, seen: Array | None) -> _Accumulator:
-    """Adds a block of keys; ``seen`` bool [R, W] or None = all."""
+class _Skip(NamedTuple):
+    """When a block is left out.
+
+    Attributes:
+      log2_threshold: of the weight below which all pairs of the block must lie.
+      is_real: bool [R], the rows that have a say in it: those that are no padding.
+    """
+
+    log2_threshold: float
+    is_real: Array
+
+
+def _add(
+    acc: _Accumulator,
+    q: tuple,
+    keys: tuple,
+    values: tuple | Callable[[], tuple],
+    scale: float,
+    seen: Array | None,
+    skip: _Skip | None,
+) -> _Accumulator:
+    """Adds a block of keys; ``seen`` bool [R, W] or None = all; where blocks are skipped, a call loads the values."""
     scores = sum(dot(rows, part.T) for rows, part in zip(q, keys, strict=True)) * scale
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.maximum(acc.top, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - top[:, None])
-    decay = jnp.exp2(acc.top - top)
-    total = acc.total * decay + jnp.sum(weights, axis=1)
-    weights = weights.astype(values[0].dtype)
-    pairs = zip(acc.out, values, strict=True)
-    return _Accumulator(top, total, tuple(out * decay[:, None] + dot(weights, part) for out, part in pairs))
+
+    def add(acc: _Accumulator) -> _Accumulator:
+        parts = values() if callable(values) else values
+        top = jnp.maximum(acc.top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - top[:, None])
+        decay = jnp.exp2(acc.top - top)
+        total = acc.total * decay + jnp.sum(weights, axis=1)
+        weights = weights.astype(parts[0].dtype)
+        pairs = zip(acc.out, parts, strict=True)
+        return _Accumulator(top, total, tuple(out * decay[:, None] + dot(weights, part) for out, part in pairs))
+
+    if skip is None:
+        return add(acc)
+    votes = jnp.where(skip.is_real, may_matter(scores, acc.top, skip.log2_threshold), 0)
+    return lax.cond(jnp.max(votes) > 0, add, lambda acc: acc, acc)
 
 
-def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref, *, scale: float, tiles: TileConfig):
+def _attention_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    lengths_ref,
+    inputs,
+    out_ref,
+    lse_ref,
+    *,
+    scale: float,
+    tiles: TileConfig,
+    skip_threshold: float | None,
+):
     """One program: a query tile of one head."""
     slashes, listed, columns, window_ref = inputs
     block_q, block_kv = tiles.block_q, tiles.block_kv
@@ -249,7 +294,9 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
         q = pltriton.load(q_ref.at[pl.ds(tile * block_q, block_q), part], mask=in_chunk[:, None], other=0.0)
         return q if sign == 1 else q * sign
 
-    add = functools.partial(_add, q=tuple(load_q(part) for part in parts), scale=exponent_scale)
+    skip = None if skip_threshold is None else _Skip(math.log2(skip_threshold), in_chunk & (row < kv_len))
+    add = functools.partial(_add, q=tuple(load_q(part) for part in parts), scale=exponent_scale, skip=skip)
+    later = (lambda read, ref: read(ref)) if skip is None else functools.partial
 
     def add_blocks(acc, bounds, block_start):
         masked, inside, end = (bounds[tile, i] for i in range(3))
@@ -259,21 +306,23 @@ def _attention_kernel(q_ref, k_ref, v_ref, lengths_ref, inputs, out_ref, lse_ref
             at = jnp.maximum(first, 0)
             key = at + jnp.arange(block_kv)
             load = functools.partial(pltriton.load, mask=(key < kv_len)[:, None], other=0.0)
-            k, v = (tuple(load(x.at[pl.ds(at, block_kv), part]) for part in parts) for x in (k_ref, v_ref))
+            read = lambda x: tuple(load(x.at[pl.ds(at, block_kv), part]) for part in parts)  # noqa: E731
+            k, v = read(k_ref), later(read, v_ref)
             key = jnp.where((key < first + block_kv) & (key < kv_len), key, FAR)
             return add(acc, keys=k, values=v, seen=(row[:, None] >= key) & (row[:, None] - key < window))
 
         def add_inner(j, acc):
             at = pl.ds(block_start(j), block_kv)
-            k, v = (tuple(x[at, part] for part in parts) for x in (k_ref, v_ref))
-            return add(acc, keys=k, values=v, seen=None)
+            read = lambda x: tuple(x[at, part] for part in parts)  # noqa: E731
+            return add(acc, keys=read(k_ref), values=later(read, v_ref), seen=None)
 
         acc = lax.fori_loop(0, masked + end - inside, add_edge, acc)
         return lax.fori_loop(masked, inside, add_inner, acc) if k_ref.shape[0] >= block_kv else acc
 
     def add_columns(i, acc):
         at = pl.ds(i * block_kv, block_kv)
-        k, v = (tuple(x[at, part] for part in parts) for x in (columns.k, columns.v))
+        read = lambda x: tuple(x[at, part] for part in parts)  # noqa: E731
+        k, v = read(columns.k), later(read, columns.v)
         position = columns.positions[at]
         reach = start + block_q - 1 - position
         place = jnp.maximum(reach, 0)

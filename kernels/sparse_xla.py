@@ -88,6 +88,7 @@ def attention(
     q_offset: Array,
     kv_len: Array,
     tiles: TileConfig,
+    skip_threshold: float | None = None,
 ) -> tuple[Array, Array]:
     """Attention over exactly the pairs of ``layout_mask(layout)``.
 
@@ -98,12 +99,14 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: tile sizes.
+      skip_threshold: as in ``minference_jax.attention``; a tile is one step: up to ``SHARED_TILES`` of queries with
+        ``SHARED_WIDTH`` keys or ``COLUMN_WIDTH`` columns, or one of queries with ``TILE_WIDTH`` keys.
 
     Returns:
       out [B, T, N, H] in q's dtype and lse float32 [B, T, N], natural log; padding gives zeros and -inf.
     """
     num_heads, group_size = q.shape[2], q.shape[2] // k.shape[2]
-    run_head = functools.partial(_head_kernel, scale=scale, tiles=tiles)
+    run_head = functools.partial(_head_kernel, scale=scale, tiles=tiles, skip_threshold=skip_threshold)
 
     def sequence(args):
         q, k, v, layout, offset, length = args
@@ -151,7 +154,9 @@ def _gather_columns(k: Array, v: Array, layout: SparseLayout, width: int) -> tup
     return keys, values, positions
 
 
-def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles: TileConfig):
+def _head_kernel(
+    q, k, v, layout: SparseLayout, offset, length, *, scale: float, tiles: TileConfig, skip_threshold: float | None
+):
     """One head of one sequence: q [T, H], k, v float32 [S, H] -> out [T, H], lse [T]."""
     block_q, block_kv = tiles.block_q, tiles.block_kv
     q_len, head_dim = q.shape
@@ -159,6 +164,10 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
     group_q = num_shared * block_q
     num_groups = -(-q_len // group_q)
     group_rows, tile_rows = (jnp.arange(n, dtype=jnp.int32) for n in (group_q, block_q))
+    update = functools.partial(softmax.update, skip_threshold=skip_threshold)
+
+    def up_to_padding(origin, end):  # rows of padding have no say in what is skipped
+        return end if skip_threshold is None else jnp.minimum(end, jnp.minimum(length, offset + q_len) - origin)
 
     width = min(COLUMN_WIDTH, max(layout.columns.size, 1))
     column_k, column_v, columns = _gather_columns(k, v, layout, width)
@@ -182,14 +191,14 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
             skip |= (key + origin < 0) | (key + origin >= length)
             first = jnp.maximum(key, ((key - high) // block_q + 1) * block_q)
             end = jnp.minimum(key + layout.windows, ((key - low) // block_q + 1) * block_q)
-            return first, jnp.where(skip, 0, end)
+            return first, jnp.where(skip, 0, up_to_padding(origin, end))
 
         def copy(x):
             return jnp.concatenate([_take(x, at + origin + block_kv, block_kv) for at in starts])
 
         # A loop of its own, of several steps: fused into the scores, the bounds would be computed once for every score.
         first, end = lax.map(bounds, [x.reshape(min(4, size), -1) for x in (starts, low, high)])
-        return softmax.update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
+        return update(acc, q, copy(k), copy(v), rows, first.reshape(-1), end.reshape(-1))
 
     def add_shared(acc, q, origin, steps):
         size = SHARED_WIDTH // block_kv
@@ -202,7 +211,8 @@ def _head_kernel(q, k, v, layout: SparseLayout, offset, length, *, scale: float,
     def add_columns(acc, q, origin, steps):
         def step(i, acc):
             keys, values, at = (_take(x, i * width, width) for x in (column_k, column_v, columns))
-            return softmax.update(acc, q, keys, values, group_rows, at - origin, jnp.where(at < length, group_q, 0))
+            end = jnp.where(at < length, up_to_padding(origin, group_q), 0)
+            return update(acc, q, keys, values, group_rows, at - origin, end)
 
         return lax.fori_loop(0, steps, step, acc)
 

@@ -7,6 +7,7 @@ warpgroup works on its softmax; then the two change places.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +37,33 @@ class Accumulator(NamedTuple):
     out: tuple[Array, ...]
 
 
+class Pending(NamedTuple):
+    """The weights of a step whose values are still to be added.
+
+    Attributes:
+      weights: [64, keys], in the dtype of the values.
+      matter: int32 [], 0 where the step is left out; None where none ever is.
+    """
+
+    weights: Array
+    matter: Array | None
+
+    def unless_left_out(self, add: Callable[..., Any], leave: Callable[..., Any], *values: Any) -> Any:
+        """What one of the two gives of the values."""
+        return add(*values) if self.matter is None else lax.cond(self.matter > 0, add, leave, *values)
+
+
 class Warpgroup(NamedTuple):
     """One of the two that compute.
 
     Attributes:
       program: what it works on. number: 0 or 1.
+      say: float32 [64], 1 for queries that have a say in what is left out, 0 for padding; None where nothing is.
     """
 
     program: Program
     number: Array
+    say: Array | None = None
 
     @property
     def rows(self) -> Any:
@@ -76,9 +95,18 @@ class Warpgroup(NamedTuple):
         )
         acc = Accumulator(top, total, (zeros,) * self.program.chunks)
         pl.when(self.number == 1)(lambda: plgpu.barrier_wait(self.turn))
-        acc = in_order(parts_of(self.program), self.run, acc)
+        voting = self if self.program.log2_threshold is None else self._replace(say=self.real_rows())
+        acc = in_order(parts_of(self.program), voting.run, acc)
         pl.when(self.number == 0)(lambda: plgpu.barrier_arrive(self.others_turn))
         self.write(acc)
+
+    def real_rows(self) -> Array:
+        """Its queries that are no padding: float32 [64], 1 or 0."""
+        program = self.program
+        row = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=_ROWS) + self.rows.start
+        sequence = program.place[0]
+        end = jnp.minimum(program.inputs.lengths[sequence, 1] - program.inputs.lengths[sequence, 0], program.q.shape[1])
+        return jnp.where(row < end, 1.0, 0.0)
 
     def begin(self) -> None:
         """Frees all of shared memory and waits for the queries."""
@@ -107,63 +135,93 @@ class Warpgroup(NamedTuple):
         def between(place, carry):
             return self.step(part, place, order.number_between(place), False, *carry)
 
-        nothing = jnp.zeros((HALF, self.keys(part).size), self.program.q.dtype)
-        carry = lax.fori_loop(0, has_any, first, (acc, plgpu.layout_cast(nothing, _LAYOUT)))
+        carry = lax.fori_loop(0, has_any, first, (acc, self.nothing(part)))
         carry = lax.fori_loop(1, order.masked, at_an_end, carry)
         if not part.of_columns:
             carry = lax.fori_loop(order.near + 1 - has_masked, order.inside, between, carry)
-        acc, weights = carry
+        acc, pending = carry
         last = order.number + order.end - 1
-        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, last, acc, weights), acc)
+        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, last, acc, pending), acc)
 
-    def step(self, part: Part, place, number, masked: bool, acc: Accumulator, weights) -> tuple[Accumulator, Array]:
-        """Adds the scores of one step, and the values of the one before: ``weights`` of these, None = there is none.
+    def nothing(self, part: Part) -> Pending:
+        """No weights."""
+        weights = plgpu.layout_cast(jnp.zeros((HALF, self.keys(part).size), self.program.q.dtype), _LAYOUT)
+        return Pending(weights, None if self.program.log2_threshold is None else jnp.int32(0))
+
+    def step(
+        self, part: Part, place, number, masked: bool, acc: Accumulator, pending: Pending | None
+    ) -> tuple[Accumulator, Pending]:
+        """Adds the scores of one step, and the values of the one before: ``pending``, None = there is none.
 
         Returns:
-          The accumulator without the values of this step, and its weights.
+          The accumulator without the values of this step, and their weights.
         """
         held, slot = self.program.held, self.program.slot(number)
-        acc, scores = self.multiply(part, number, acc, weights)
+        acc, scores = self.multiply(part, number, acc, pending)
         if part.of_columns:
             plgpu.barrier_wait(held["first_here"].at[slot])
         if masked:
             scores = jnp.where(self.seen(part, place, slot), scores, -jnp.inf)
         plgpu.barrier_arrive(held["k_free"].at[slot])
-        return self.weigh(acc, scores)
+        largest = scores.max(axis=1) * self.program.scale
+        if self.program.log2_threshold is None:
+            acc, weights = self.weigh(acc, scores, largest)
+            return acc, Pending(weights, None)
+        matter = self.matter(acc, largest, number)
+        leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
+        acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
+        return acc, Pending(weights, matter)
 
-    def multiply(self, part: Part, number, acc: Accumulator, weights) -> tuple[Accumulator, Array]:
-        """At the tensor cores: the scores of a step, and ``weights`` times the values of the one before."""
+    def matter(self, acc: Accumulator, largest, number) -> Array:
+        """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
+        program, first = self.program, self.program.held["first"]
+        # Two places in turn: until all have read one, the barrier of the next step keeps it.
+        place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(2)) * HALF, HALF), HALF)
+        votes = first.at[first.shape[0] - 1, self.number, place]
+        below = largest < acc.top + program.log2_threshold
+        votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
+        plgpu.commit_smem()  # the warps wait for each other
+        return plgpu.load(votes, *_ALL, layout=_COLUMNS, optimized=False).max().astype(jnp.int32)
+
+    def multiply(self, part: Part, number, acc: Accumulator, pending: Pending | None) -> tuple[Accumulator, Array]:
+        """At the tensor cores: the scores of a step, and the pending weights times the values of the one before."""
         program, held = self.program, self.program.held
         slot, last, keys = program.slot(number), program.slot(number - 1), self.keys(part)
 
-        def products(refs):
-            scores, *outs = refs
-            for chunk in range(program.chunks):
-                k = _transposed(held["k"][1].at[slot, chunk, keys])
-                plgpu.wgmma(scores, held["q"][1].at[self.number, chunk], k)
-            if weights is not None:
-                self.add_values(outs, weights, last, keys)
-            plgpu.barrier_arrive(self.others_turn)
+        def products(weights, *out):
+            def run(refs):
+                scores, *outs = refs
+                for chunk in range(program.chunks):
+                    k = _transposed(held["k"][1].at[slot, chunk, keys])
+                    plgpu.wgmma(scores, held["q"][1].at[self.number, chunk], k)
+                if weights is not None:
+                    self.add_values(outs, weights, last, keys)
+                plgpu.barrier_arrive(self.others_turn)
+
+            nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
+            return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in (nothing, *out))))
 
         plgpu.barrier_wait(held["k_here"].at[slot])
-        if weights is not None:
-            plgpu.barrier_wait(held["v_here"].at[last])
-            plgpu.barrier_wait(self.turn)
-        nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
-        values = (nothing,) if weights is None else (nothing, *acc.out)
-        scores, *out = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in values))
-        if weights is None:
-            return acc, scores
+        if pending is None:
+            return acc, products(None)[0]
+        plgpu.barrier_wait(held["v_here"].at[last])
+        plgpu.barrier_wait(self.turn)
+        leave = lambda _, *out: (*products(None), *out)  # noqa: E731
+        scores, *out = pending.unless_left_out(products, leave, pending.weights, *acc.out)
         plgpu.barrier_arrive(held["v_free"].at[last])
         return acc._replace(out=tuple(out)), scores
 
-    def finish(self, part: Part, number, acc: Accumulator, weights) -> Accumulator:
+    def finish(self, part: Part, number, acc: Accumulator, pending: Pending) -> Accumulator:
         """Adds the values of a part's last step."""
         slot, held = self.program.slot(number), self.program.held
         plgpu.barrier_wait(held["v_here"].at[slot])
         plgpu.barrier_wait(self.turn)
-        add = lambda outs: self.add_values(outs, weights, slot, self.keys(part))  # noqa: E731
-        out = pl.run_state(add)(tuple(plgpu.ACC.init(x) for x in acc.out))
+
+        def add(weights, *out):
+            run = lambda outs: self.add_values(outs, weights, slot, self.keys(part))  # noqa: E731
+            return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in out)))
+
+        out = pending.unless_left_out(add, lambda _, *out: out, pending.weights, *acc.out)
         plgpu.barrier_arrive(held["v_free"].at[slot])
         return acc._replace(out=tuple(out))
 
@@ -172,10 +230,10 @@ class Warpgroup(NamedTuple):
         for chunk, out in enumerate(outs):
             plgpu.wgmma(out, weights, self.program.held["v"][1].at[slot, chunk, keys])
 
-    def weigh(self, acc: Accumulator, scores) -> tuple[Accumulator, Array]:
+    def weigh(self, acc: Accumulator, scores, largest) -> tuple[Accumulator, Array]:
         """The softmax: an accumulator that lacks the values of these keys, and their weights."""
         scale = self.program.scale
-        top = jnp.maximum(acc.top, scores.max(axis=1) * scale)
+        top = jnp.maximum(acc.top, largest)
         decay = jnp.exp2(acc.top - top)
         weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
         out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)

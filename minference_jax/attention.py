@@ -13,6 +13,13 @@ Arguments that all functions share:
     cache; None = 0. Row t stands at position q_offset + t and sees keys j <= q_offset + t with j < kv_len. Rows at
     positions >= kv_len are padding: they give zeros.
   return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log, -inf for padding.
+  skip_threshold: Python number above 0 and below 1, or None = off. A tile of keys is left out, its exponentials and its
+    product with the values, where exp(score - largest score of the row so far) is below it for every pair of the tile
+    (skip-softmax, arXiv 2512.12087). So it depends on the tiles and their order, thus on the implementation, but not on
+    padding. Each of n pairs left out of a row weighs less than the threshold t times the row's largest weight: no
+    channel of the output is off by more than n t / (1 + n t) times the range of the values that the row sees, and the
+    log-sum-exp, that of the other pairs, by log(1 + n t). Density counts these tiles, too. A score of NaN is never left
+    out; a NaN among the values of such a tile does not show.
   implementation: "cudnn" (dense attention on NVIDIA GPUs), "mosaic_gpu" (NVIDIA GPUs of compute capability 9.0, half
     precision, head_dim from 64 to 128), "triton" (NVIDIA GPUs of compute capability 8.0 or later), "xla" (everywhere),
     or None = the first of these that can do the call where q is, or on jax's default device where q is traced. With
@@ -53,6 +60,7 @@ class Shared(TypedDict, total=False):
     scale: float | None
     kv_len: ArrayLike | None
     q_offset: ArrayLike | None
+    skip_threshold: float | None
     implementation: str | None
 
 
@@ -84,6 +92,7 @@ def dense_attention(
     kv_len: ArrayLike | None = None,
     q_offset: ArrayLike | None = None,
     return_lse: bool = False,
+    skip_threshold: float | None = None,
     implementation: str | None = None,
 ) -> Array | tuple[Array, ...]:
     """Causal attention of every query to every earlier key, in memory linear in T and S.
@@ -94,6 +103,7 @@ def dense_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
+      skip_threshold: leaves out tiles all of whose weights are below it, against each row's largest so far; None = off.
       implementation: "cudnn", "mosaic_gpu", "triton" or "xla"; None = the first that can do the call.
 
     Returns:
@@ -106,6 +116,7 @@ def dense_attention(
     """
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
+    static["skip_threshold"] = check_skip_threshold(skip_threshold)
     with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         return _dense(q, k, v, kv_len, q_offset, **static)
 
@@ -154,6 +165,7 @@ def sparse_attention(
     slash_granularity: SlashGranularity = "line",
     max_num_blocks: int | None = None,
     max_num_columns: int | None = None,
+    skip_threshold: float | None = None,
     implementation: str | None = None,
     tiles: TileConfig | None = None,
 ) -> Array | tuple[Array, ...]:
@@ -178,6 +190,8 @@ def sparse_attention(
       kv_len: int or int32 [B], valid keys; None = S.
       q_offset: int or int32 [B], absolute position of the first query; None = 0.
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, N], natural log.
+      skip_threshold: leaves out tiles all of whose weights are below it, against each row's largest so far; None = off;
+        see the module for how large the error may be.
       implementation: "mosaic_gpu", "triton" or "xla"; None = the first that can do the call.
       tiles: tile sizes; None = those that suit the device.
 
@@ -197,6 +211,7 @@ def sparse_attention(
     arrays, capacities = check_pattern(pattern, q.shape[2], k.shape[1], max_num_blocks, max_num_columns)
     static = {"scale": scale, "slash_granularity": slash_granularity, "capacities": capacities, "tiles": tiles}
     static |= {"implementation": implementation, "device": device_of(q)}
+    static["skip_threshold"] = check_skip_threshold(skip_threshold)
     with memory_for(f"attention of q {_describe(q)} to k and v {_describe(k)}"):
         out, lse, share = _sparse(q, k, v, arrays, kv_len, q_offset, **static)
     results = (out, *[lse] * return_lse, *[share] * return_density)
@@ -260,26 +275,27 @@ def block_sparse_attention(
     return sparse_attention(q, k, v, BlockSparse(num_blocks=num_blocks), **shared)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "return_lse", "implementation", "device"))
-def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, device):
+@functools.partial(jax.jit, static_argnames=("scale", "return_lse", "implementation", "device", "skip_threshold"))
+def _dense(q, k, v, kv_len, q_offset, *, scale, return_lse, implementation, device, skip_threshold):
     lengths = _lengths(kv_len, q_offset, q, k)
 
     def run(entry: Implementation, tiles: TileConfig):
         if not entry.whole_prompts_only:
-            out, lse = entry.dense(q, k, v, scale=scale, tiles=tiles, **lengths)
+            out, lse = entry.dense(q, k, v, scale=scale, tiles=tiles, skip_threshold=skip_threshold, **lengths)
             return (out, lse) if return_lse else out
-        if q_offset is not None or return_lse:
-            raise NotImplementedError("it takes no q_offset and gives no log-sum-exp")
+        if q_offset is not None or skip_threshold is not None or return_lse:
+            raise NotImplementedError("it takes no q_offset and no skip_threshold and gives no log-sum-exp")
         return entry.dense(q, k, v, scale=scale, kv_len=None if kv_len is None else lengths["kv_len"])
 
     return first_that_can(run, implementation, (device, q.shape[3], q.dtype.itemsize), q.shape[1])
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "slash_granularity", "capacities", "implementation", "device", "tiles")
-)
+_STATIC = ("scale", "slash_granularity", "capacities", "implementation", "device", "tiles", "skip_threshold")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _sparse(
-    q, k, v, pattern, kv_len, q_offset, *, scale, slash_granularity, capacities, implementation, device, tiles
+    q, k, v, pattern, kv_len, q_offset, *, scale, slash_granularity, capacities, implementation, device, tiles, **skip
 ) -> tuple[Array, ...]:
     where = {"scale": scale, **_lengths(kv_len, q_offset, q, k)}
 
@@ -298,7 +314,7 @@ def _sparse(
             **where,
         )
         windows = jnp.where(is_fit(pattern, capacities, k.shape[1]), layout.windows, -1)
-        out, lse = entry.sparse(q, k, v, layout._replace(windows=windows), **where)
+        out, lse = entry.sparse(q, k, v, layout._replace(windows=windows), **skip, **where)
         return out, lse, density(layout, where["q_offset"], where["kv_len"], q.shape[1], where["tiles"])
 
     return first_that_can(run, implementation, (device, q.shape[3], q.dtype.itemsize), q.shape[1], sparse=True)
@@ -348,6 +364,15 @@ def _prepare(q, k, v, scale, kv_len, q_offset):
     q_offset = _per_sequence("q_offset", q_offset, batch, 0, FAR - q.shape[1])
     q, k, v = (_forward_only(x) for x in (q, k, v))
     return q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), kv_len, q_offset
+
+
+def check_skip_threshold(value: float | None) -> float | None:
+    """Gives a threshold back as a float; ValueError: it is not one."""
+    if value is None:
+        return None
+    if not (isinstance(value, int | float | np.floating) and 0 < value < 1):
+        raise ValueError(f"skip_threshold={value} must be a Python number above 0 and below 1")
+    return float(value)
 
 
 def _per_sequence(name: str, value: ArrayLike | None, batch: int, low: int, high: int) -> Array | None:

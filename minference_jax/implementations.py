@@ -30,8 +30,9 @@ class Implementation(NamedTuple):
     Attributes:
       name: what ``implementation`` calls it.
       tiles: (device, head_dim, bytes of an element) -> TileConfig; raises NotImplementedError where it can't run.
-      dense: (q, k, v, *, scale, q_offset, kv_len, tiles) -> (out, lse).
-      sparse: (q, k, v, layout, *, scale, q_offset, kv_len, tiles) -> (out, lse); None = it has none.
+      dense: (q, k, v, *, scale, q_offset, kv_len, tiles, skip_threshold=None) -> (out, lse).
+      sparse: (q, k, v, layout, *, scale, q_offset, kv_len, tiles, skip_threshold=None) -> (out, lse); None = it has
+        none.
       estimate: what estimation runs beside ``sparse``.
       whole_prompts_only: ``dense`` is (q, k, v, *, scale, kv_len) -> out, for queries that start at position 0.
       break_even: tokens from which sparse attention with usual patterns is faster than dense attention by the first

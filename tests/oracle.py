@@ -15,13 +15,15 @@ def oracle_implementation() -> Implementation:
     return Implementation("oracle", xla_tiles, _dense, _sparse)
 
 
-def _dense(q, k, v, *, scale, q_offset, kv_len, tiles):
+def _dense(q, k, v, *, scale, q_offset, kv_len, tiles, skip_threshold=None):
+    assert skip_threshold is None
     rows, keys = (jnp.arange(x.shape[1], dtype=jnp.int32) for x in (q, k))
     position = q_offset[:, None] + rows
     mask = (keys <= position[..., None]) & (keys < kv_len[:, None, None]) & (position < kv_len[:, None])[..., None]
     return reference.attention(q, k, v, mask[:, None], scale=scale)
 
 
-def _sparse(q, k, v, layout, *, scale, q_offset, kv_len, tiles):
+def _sparse(q, k, v, layout, *, scale, q_offset, kv_len, tiles, skip_threshold=None):
+    assert skip_threshold is None
     mask = layout_mask(layout, q_offset, kv_len, q.shape[1], k.shape[1], tiles)
     return reference.attention(q, k, v, mask, scale=scale)

@@ -75,6 +75,22 @@ def test_cases_of_every_kind_pass_their_checks_and_are_measured(kind):
     assert (one["density"] == pytest.approx(1)) == (kind == "dense")
 
 
+@pytest.mark.usefixtures("short_check")
+@pytest.mark.parametrize("threshold", [None, 0.01])
+def test_a_threshold_is_timed_beside_none_and_its_error_measured_whatever_it_is(monkeypatch, threshold):
+    def sparse(*args, skip_threshold=None, **where):
+        out, lse = XLA.sparse(*args, **where)
+        return out if skip_threshold is None else out + 50 * skip_threshold, lse
+
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", (XLA._replace(sparse=sparse),))
+    one = attention.Bench(repeats=1, skip_threshold=threshold).measure(SMALL, 300)
+    assert one["error"] <= oracle.TOLERANCES["float32"]
+    assert one["kernel_ms"] > 0
+    assert one["skip_threshold"] == threshold
+    assert one["skip_error"] == (None if threshold is None else pytest.approx(0.5, abs=1e-4))
+    assert (one["skip_ms"] is None) == (threshold is None)
+
+
 def wrong(sparse, length):
     """A kernel that at one length gives the last rows of head 1 a little too much."""
 
@@ -144,6 +160,7 @@ def test_bench_says_what_is_wrong_or_too_large_and_goes_on_with_the_others(monke
         (["--cases", "nothing"], "no case has 'nothing' in its name"),
         (["--implementation", "triton"], "needs an NVIDIA GPU"),
         (["--implementation", "fastest"], "'fastest' is not one of"),
+        (["--skip-threshold", "1"], "'1' must be a number above 0 and below 1"),
         (["--tiles", "64,64,4"], "'64,64,4' must be four integers"),
         (["--tiles", "64,48,4,2"], "block_kv=48 must be a power of two"),
         (["--activations", "nowhere.npz"], "nowhere.npz: No such file"),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from minference_jax import estimate
-from minference_jax.attention import dense_attention
+from minference_jax.attention import check_skip_threshold, dense_attention
 from minference_jax.bench import inputs, oracle
 from minference_jax.bench.cases import (
     CPU_CASES,
@@ -54,7 +54,7 @@ class Calls:
     """One case at one length as jitted calls.
 
     Attributes:
-      kernel: (q, k, v, layout) -> out [1, T, N, H].
+      kernel: (q, k, v, layout) -> out [1, T, N, H]; takes a skip_threshold, too.
       layout: what the kernel reads.
       index: (q, k) -> what the pattern's estimate and layout give; None where attention is dense.
       mass: (q, k) -> attention mass, the first part of ``index``; None where the pattern has no such part.
@@ -76,6 +76,8 @@ class Bench:
       baseline_repeats: of dense attention; None = as ``repeats``, and 1 at 1M tokens on GPUs.
       activations: of one layer, from ``read_activations``, whose estimated lists the kernels read; None = random
         activations and constructed lists.
+      skip_threshold: as in ``sparse_attention``: the kernel is timed with it, too, and its error is then measured, but
+        not judged. Random activations have no tiles to leave out: there it shows what a threshold costs.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Bench:
         repeats: int | None = None,
         baseline_repeats: int | None = None,
         activations: Activations | None = None,
+        skip_threshold: float | None = None,
     ):
         self.device = device_of()
         self.implementation, self.tiles, self.saved = implementation, tiles, activations
         self.repeats, self.baseline_repeats = repeats, baseline_repeats
+        self.skip_threshold = check_skip_threshold(skip_threshold)
         self._errors: dict[tuple, float] = {}
         self._baselines: dict[tuple, list[float]] = {}
 
@@ -154,9 +158,12 @@ class Bench:
             jax.block_until_ready(calls.index(*qkv[:2]))
         out = jax.block_until_ready(calls.kernel(*qkv, calls.layout))
         after = peak_bytes()
-        scale = case.head_dim**-0.5
-        sampled = oracle.sampled_error(qkv, out, calls.layout, scale=scale, tiles=tiles, dtype=case.dtype)
+        against = functools.partial(oracle.sampled_error, scale=case.head_dim**-0.5, tiles=tiles, dtype=case.dtype)
+        sampled = against(qkv, out, calls.layout)
         del out
+        skip_error = None
+        if self.skip_threshold is not None:
+            skip_error = against(qkv, self._skipping(qkv, calls)(), calls.layout)
         what = f"{case.name}, {entry.name}"
         error = max(self._check(case), oracle.check(sampled, case.dtype, f"{what}, {length} tokens"))
         name, baseline = self._baseline(case)
@@ -167,6 +174,8 @@ class Bench:
             implementation=entry.name,
             baseline=name,
             error=error,
+            skip_threshold=self.skip_threshold,
+            skip_error=skip_error,
             peak_bytes=after if before is not None and after is not None and after > before else None,
         )
 
@@ -202,6 +211,10 @@ class Bench:
         name = self._choose(case)[0].name
         return f"dense_attention, {name}", functools.partial(dense_attention, implementation=name)
 
+    def _skipping(self, qkv: Activations, calls: Calls) -> Callable[[], Array]:
+        """The kernel with the threshold."""
+        return functools.partial(calls.kernel, *qkv, calls.layout, skip_threshold=self.skip_threshold)
+
     def _times(self, case: Case, length: int, qkv: Activations, calls: Calls, baseline) -> dict[str, list[float]]:
         """Milliseconds of the baseline and of each call."""
         on_gpu = self.device.platform == "cuda"
@@ -209,6 +222,8 @@ class Bench:
         of_baseline = self.baseline_repeats or (1 if on_gpu and length >= ONE_REPEAT_FROM else repeats)
         key = (*_shape(case), length)
         run: dict[str, tuple[int, Callable[[], Any]]] = {"kernel": (repeats, lambda: calls.kernel(*qkv, calls.layout))}
+        if self.skip_threshold is not None:
+            run["skip"] = (repeats, self._skipping(qkv, calls))
         for name, call in (("index", calls.index), ("mass", calls.mass)):
             if call is not None:
                 run[name] = (repeats, functools.partial(call, *qkv[:2]))
@@ -252,14 +267,16 @@ def _whole(q: Array) -> dict[str, Any]:
     return {"q_offset": jnp.zeros(1, jnp.int32), "kv_len": jnp.full(1, q.shape[1], jnp.int32)}
 
 
-@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale"))
-def _kernel(q, k, v, layout, *, entry, tiles, scale) -> Array:
-    return entry.sparse(q, k, v, layout, scale=scale, tiles=tiles, **_whole(q))[0]
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale", "skip_threshold"))
+def _kernel(q, k, v, layout, *, entry, tiles, scale, skip_threshold=None) -> Array:
+    how = {} if skip_threshold is None else {"skip_threshold": skip_threshold}
+    return entry.sparse(q, k, v, layout, scale=scale, tiles=tiles, **how, **_whole(q))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale"))
-def _dense(q, k, v, layout, *, entry, tiles, scale) -> Array:
-    return entry.dense(q, k, v, scale=scale, tiles=tiles, **_whole(q))[0]
+@functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale", "skip_threshold"))
+def _dense(q, k, v, layout, *, entry, tiles, scale, skip_threshold=None) -> Array:
+    how = {} if skip_threshold is None else {"skip_threshold": skip_threshold}
+    return entry.dense(q, k, v, scale=scale, tiles=tiles, **how, **_whole(q))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("entry", "tiles", "scale", "capacities", "slash_granularity"))
@@ -348,6 +365,7 @@ def _figures(case: Case, length: int, times: dict[str, list[float]], share: floa
         "estimate_ms": middle.get("mass"),
         "index_ms": middle.get("index"),
         "kernel_ms": middle["kernel"],
+        "skip_ms": middle.get("skip"),
         "baseline_ms": middle["baseline"],
         "ratio": total / middle["baseline"],
         "tflops_kept": flops * share / middle["kernel"] / 1e9,

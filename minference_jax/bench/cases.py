@@ -154,9 +154,9 @@ def select_cases(cases: Sequence[Case], texts: Iterable[str] | None) -> list[Cas
 
 
 def activation_cases(cases: Sequence[Case], num_heads: int, num_kv_heads: int, head_dim: int) -> list[Case]:
-    """The patterns whose lists are estimated, each once, for heads of another shape."""
+    """The patterns whose lists are estimated, each once, and dense attention, for heads of another shape."""
     heads: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    granularities = {VerticalSlash: get_args(SlashGranularity), BlockSparse: ("line",)}
+    granularities = {VerticalSlash: get_args(SlashGranularity), BlockSparse: ("line",), Dense: ("line",)}
     made: dict[str, Case] = {}
     for case in cases:
         kind = type(case.sizes[0].pattern)

@@ -22,6 +22,7 @@ FIELDS = (
     *("density", "ms", "ms_spread", "extrapolated_ms", "tokens_per_second", "compile_ms"),
     *("linear_ms", "cache_ms", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
     *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "host_peak_bytes", "host_peak_of", "joules"),
+    *("skip_threshold", "skip_ms", "skip_error"),
     *("device", "driver", "jax", "jaxlib", "commit", "date"),
 )
 """The same in every suite; null where a thing was not measured.
@@ -32,6 +33,7 @@ tflops_baseline that of causal attention over baseline_ms. lists: "constructed",
 ones; null = constructed. tiles: queries x keys x warps x stages. error: the largest absolute in float32, the relative
 Frobenius norm over a query tile in half precision; in suite "models" the largest difference of logits over the largest
 logit. In suite "search" it is that of a layer's attention output relative to dense attention's, mean over the layers.
+skip_ms, skip_error: of the kernel with `skip_threshold`, beside kernel_ms and error without one.
 peak_bytes: most device memory that inputs, index and kernel took, null where an earlier measurement of the
 process took more; in suite "convert" the host memory of a step, with what it loads where jax computes on the CPU.
 

@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         baseline_repeats=arguments.baseline_repeats,
         activations=None if arguments.activations is None else read_activations(Path(arguments.activations)),
+        skip_threshold=arguments.skip_threshold,
     )
     failed = False
     for case, length in bench.plan(arguments.cases, arguments.lengths):

@@ -7,7 +7,7 @@ from typing import Any
 
 from minference_jax.bench.shapes import SHAPES
 from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_progress
-from minference_jax.cli.values import four_sizes, positive
+from minference_jax.cli.values import four_sizes, positive, share
 
 SPARSE_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse")
 
@@ -39,6 +39,12 @@ def _add_attention(suites: Any) -> None:
     )
     parser.add_argument(
         "--activations", metavar="FILE", help="q, k and v of one layer (.npz), whose estimated lists are then read"
+    )
+    parser.add_argument(
+        "--skip-threshold",
+        type=share,
+        metavar="X",
+        help="time the kernel with this skip_threshold, too, and measure its error (off)",
     )
     parser.add_argument(
         "--repeats", type=positive, metavar="N", help="timed runs, after one that warms (3; on a GPU 8 below 256K)"

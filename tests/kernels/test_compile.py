@@ -26,12 +26,12 @@ def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def attend(q, k, v, layout, q_offset, kv_len, *, tiles, kernel):
-    where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles}
+def attend(q, k, v, layout, q_offset, kv_len, *, tiles, kernel, skip_threshold):
+    where = {"q_offset": q_offset, "kv_len": kv_len, "tiles": tiles, "skip_threshold": skip_threshold}
     return kernel.attention(q, k, v, layout, scale=0.1, **where)
 
 
-def attention_case(name, tiles, head_dim, dtype, num_blocks=32, kernel=sparse_triton):
+def attention_case(name, tiles, head_dim, dtype, num_blocks=32, kernel=sparse_triton, skip_threshold=None):
     """Attention of 8 heads over 2 KV heads with room for every kind of pattern."""
     rows, heads = -(-LENGTH // tiles.block_q), (1, 8)
     layout = SparseLayout(
@@ -44,7 +44,8 @@ def attention_case(name, tiles, head_dim, dtype, num_blocks=32, kernel=sparse_tr
         block_counts=array(*heads, rows),
     )
     q, k = (array(1, LENGTH, n, head_dim, dtype=dtype) for n in (8, 2))
-    return Case(name, functools.partial(attend, tiles=tiles, kernel=kernel), (q, k, k, layout, array(1), array(1)))
+    run = functools.partial(attend, tiles=tiles, kernel=kernel, skip_threshold=skip_threshold)
+    return Case(name, run, (q, k, k, layout, array(1), array(1)))
 
 
 def device_of(kind):
@@ -60,6 +61,9 @@ def chosen(kind):
         tiles = triton_tiles(device, head_dim, jnp.dtype(dtype).itemsize)
         yield attention_case(f"attention, {dtype}, head_dim {head_dim}", tiles, head_dim, dtype)
     yield attention_case("attention without listed blocks", triton_tiles(device, 128, 2), 128, "bfloat16", num_blocks=0)
+    yield attention_case(
+        "attention that skips, bfloat16", triton_tiles(device, 128, 2), 128, "bfloat16", skip_threshold=1e-3
+    )
     for dtype, head_dim in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)):
         q, k = (array(1, n, heads, head_dim, dtype=dtype) for n, heads in ((64, 8), (LENGTH, 2)))
         mass = functools.partial(mass_triton.attention_mass, scale=0.1)
@@ -88,6 +92,7 @@ def mosaic():
         tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=size, block_kv=size)
         name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
         yield attention_case(name, tiles, head_dim, dtype, kernel=sparse_mosaic_gpu)
+    yield attention_case("mosaic that skips", tiles, head_dim, dtype, kernel=sparse_mosaic_gpu, skip_threshold=1e-3)
 
 
 CHOSEN = {kind: bounds(kind) for kind in CARDS}

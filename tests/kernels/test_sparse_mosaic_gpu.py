@@ -131,6 +131,34 @@ def test_a_nan_that_is_read_shows():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("kept", "low"), [(Dense(), 256), (AShape(sink_size=4, window_size=170), 4)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_steps_below_a_threshold_are_left_out_unless_they_hold_nan(kept, low, size):
+    q, k, v = make(T=1100, H=64)
+    q, k = q.at[..., 0].set(16), k.at[..., 0].set(8).at[:, :low, :, 0].set(-8)  # exp(-25) between them, and noise
+    how = {"implementation": "mosaic_gpu", "tiles": TileConfig(block_q=size, block_kv=size), "kv_len": 1050}
+    run = functools.partial(attention.sparse_attention, pattern=kept, scale=0.1, q_offset=0, **how)
+    huge = v.at[:, :low].set(1e30)
+    late = slice(512, 1050)
+    expected = run(q, k, v)[:, late].astype(jnp.float32)
+    assert np.abs(run(q, k, huge)[:, late].astype(jnp.float32)).min() > 1e6
+    for padding in (-16, jnp.nan):  # such queries heed the first keys alone, or nothing at all, and have no say
+        padded = q.at[:, 1050:, :, 0].set(padding)
+        found = run(padded, k, huge, skip_threshold=1e-5)[:, late].astype(jnp.float32)
+        np.testing.assert_allclose(found, expected, atol=1e-2)
+    out = run(q, k.at[:, 1].set(jnp.nan), v, skip_threshold=1e-5)
+    assert np.isnan(out[:, 1:1050].astype(jnp.float32)).all()
+
+
+@pytest.mark.gpu
+def test_a_threshold_that_nothing_lies_below_changes_nothing():
+    q, k, v = make(T=777)
+    run = functools.partial(attention.sparse_attention, q, k, v, patterns(), implementation="mosaic_gpu")
+    for found, expected in zip(*(run(skip_threshold=t, return_lse=True) for t in (1e-30, None)), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=1e-2)
+
+
+@pytest.mark.gpu
 def test_vmap_is_a_batch():
     q, k, v = make(T=300, B=2)
     run = functools.partial(attention.vertical_slash_attention, implementation="mosaic_gpu")
