@@ -1,6 +1,7 @@
 """SnapKV: the tokens that the last queries of a prompt look at most, and its last tokens.
 
-Source: arXiv 2404.14469; here the scores of the query heads of a group are averaged, so that each KV head keeps one set.
+Source: arXiv 2404.14469; here the scores of the query heads of a group are averaged, so that each KV head keeps
+one set.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def window_scores(
 
 
 def best_positions(scores: jax.Array, slots: int, counts: jax.Array) -> jax.Array:
-    """The positions of the highest scores, ascending, int32 [B, slots, K]; T where there are fewer. Of equals the first.
+    """The positions of the highest scores, ascending, int32 [B, slots, K]; T where there are fewer.
 
     Args:
         scores: float32 [B, K, T].

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         pattern=attention.pattern,
         slash_granularity=attention.slash_granularity,
         implementation=arguments.implementation,
+        kv_cache=arguments.kv_cache,
     )
     limit, too_big = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf), None
     print(_HEADING)

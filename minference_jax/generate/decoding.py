@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -82,7 +81,7 @@ def decode_tokens(
 
 def _read_token(graph: Any, state: Any, token: jax.Array, prompt: Any, tail: KVCache) -> tuple[jax.Array, KVCache]:
     if isinstance(prompt, HostKV):
-        return read_behind_host(graph, state, token[:, None], jnp.ones_like(token), prompt, tail)
+        return read_behind_host(graph, state, token[:, None], np.ones(token.shape, np.int32), prompt, tail)
     return read_token(graph, state, token, prompt, tail)
 
 
