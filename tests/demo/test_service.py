@@ -186,7 +186,7 @@ def test_auto_that_took_dense_attention_is_no_point_of_the_plot(make_service, ma
 
 
 def test_answers_hold_one_cache_beside_those_of_the_prompt(model, make_request):
-    request = make_request()
+    request = make_request(text="Some words to read. " * 12)  # more tokens than a tail has room for
     tokens = encode_question(model, request.text, request.question).tokens
     shape = model.prefill(tokens, attention="dense").cache.k.shape
     gc.collect()
