@@ -47,8 +47,8 @@ def test_later_calls_find_what_was_compiled_ahead(model, tmp_path):
     assert [(one.name, one.length) for one in whole] == [
         ("prefill", 128),
         ("prefill", 320),
-        ("decode", 160),
-        ("decode", 384),
+        ("decode", 256),
+        ("decode", 448),
     ]
     assert [(one.name, one.batch, one.length) for one in parts] == [("chunk", 1, 320)]
     before = kept(folder)
@@ -121,7 +121,7 @@ def test_the_command_compiles_into_the_folder_and_prints_memory(tmp_path, capsys
     assert main(["compile", "--model", str(folder), *options, "--compilation-cache", str(at)]) == 0
     heading, prefill, decode, last = capsys.readouterr().out.splitlines()
     assert heading.split()[:4] == ["program", "batch", "tokens", "seconds"]
-    assert (prefill.split()[:3], decode.split()[:3]) == (["prefill", "1", "128"], ["decode", "1", "128"])
+    assert (prefill.split()[:3], decode.split()[:3]) == (["prefill", "1", "128"], ["decode", "1", "256"])
     sizes = [float(size) for size in prefill.split()[4:]]
     np.testing.assert_allclose(sizes[3], sum(sizes[:3]), atol=0.002)
     assert last == f"kept in {at}"

@@ -102,7 +102,7 @@ def test_one_program_reads_all_chunks_of_all_lengths_of_a_bucket(monkeypatch):
     other = reader(dataclasses.replace(CONFIG, num_layers=1))  # no other test's programs
 
     def counted(self, tokens, cache, **options):
-        shapes.append((*tokens.shape, cache.capacity))
+        shapes.append((*tokens.shape, getattr(cache, "capacity", 0)))  # 0: the cache is made of these tokens
         return call(self, tokens, cache, **options)
 
     monkeypatch.setattr(Llama, "__call__", counted)
@@ -110,7 +110,7 @@ def test_one_program_reads_all_chunks_of_all_lengths_of_a_bucket(monkeypatch):
         other.prefill(TOKENS[:length], chunk_size=256, **DENSE)
     assert shapes == [(1, 256, 768)]  # a bucket of 640, filled up to whole chunks
     other.prefill(TOKENS[:100], chunk_size=256, **DENSE)
-    assert shapes[1:] == [(1, 128, 128)]
+    assert shapes[1:] == [(1, 128, 0)]
 
 
 @pytest.mark.parametrize("name", ["dynamic_long", "phi3_longrope_long"])

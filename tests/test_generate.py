@@ -51,7 +51,7 @@ def traces(monkeypatch):
     jax.clear_caches()  # programs of other tests would hide a trace
 
     def counted(self, tokens, cache, **options):
-        shapes.append((*tokens.shape, cache.capacity))
+        shapes.append((*tokens.shape, getattr(cache, "capacity", 0)))  # 0: the cache is made of these tokens
         return call(self, tokens, cache, **options)
 
     monkeypatch.setattr(Llama, "__call__", counted)
@@ -66,7 +66,7 @@ def test_one_program_is_compiled_per_bucket(traces):
     reader = language_model("linear")
     for length in (1, 5, 24, 100, 127):
         reader.prefill(LONG_PROMPT[:length], attention="dense")
-    assert traces == [(1, 128, 128)]
+    assert traces == [(1, 128, 0)]
 
 
 def test_other_patterns_and_weights_run_the_same_program(traces):
@@ -85,7 +85,7 @@ def test_other_patterns_and_weights_run_the_same_program(traces):
 def test_one_decoding_program_serves_all_steps(traces):
     reader = language_model("linear")
     reader.generate(PROMPT, attention="dense", max_new_tokens=30)
-    assert traces == [(1, 128, 128), (1, 1, 128)]
+    assert traces == [(1, 128, 0), (1, 1, 256)]
 
 
 def test_greedy_tokens_equal_those_of_pytorch(model):

@@ -20,6 +20,7 @@ from minference_jax.bench.meters import Meter
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.prefill_parts import time_parts
 from minference_jax.bench.records import environment, record
+from minference_jax.cache import Plain
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.generate.attend import choose_attend
 from minference_jax.generate.chunks import check_chunk_size, prefill_in_chunks
@@ -173,7 +174,7 @@ class PrefillBench:
             with memory_for("it"):
                 if chunk_size is not None and lengths[0] > chunk_size:
                     return prefill_in_chunks(graph, state, padded, lengths, None, no_attention, chunk_size)
-                return prefill(graph, state, padded, lengths, None, no_attention)
+                return prefill(graph, state, padded, lengths, None, no_attention, Plain())
 
         both = (self._sparse, DENSE)
         chosen = {one.name: PrefillTimer(self._model, tokens, one, chunk_size=chunk_size) for one in both}

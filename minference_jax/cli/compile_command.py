@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         pattern=attention.pattern,
         slash_granularity=attention.slash_granularity,
         implementation=arguments.implementation,
+        kv_cache=arguments.kv_cache,
     )
     limit, too_big = memory_limit() or math.inf, None
     print(HEADING)

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
             pattern=attention.pattern,
             slash_granularity=attention.slash_granularity,
             implementation=arguments.implementation,
+            kv_cache=arguments.kv_cache,
         )
         jax.block_until_ready(prefilled)
     pieces = model.stream(

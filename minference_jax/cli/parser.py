@@ -9,6 +9,7 @@ from minference_jax.bench.shapes import SHAPES
 from minference_jax.cli.values import factor, not_negative, positive
 from minference_jax.kernels.tiles import DTYPES
 
+KV_CACHES = ("plain", "int8", "fp8", "host", "snapkv", "pyramidkv", "streaming_llm")
 ATTENTION_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse", "dense")
 LINEAR_NAMES = ("fp8",)
 MODEL_HELP = (
@@ -84,6 +85,7 @@ def _add_prefill(commands: Any) -> None:
     add_model(parser)
     add_prompt(parser)
     add_attention(parser)
+    _add_kv_cache(parser, "; of the attention that is compared with dense")
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="tokens to compare (32)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
@@ -97,6 +99,7 @@ def _add_generate(commands: Any) -> None:
     add_model(parser)
     add_prompt(parser)
     add_attention(parser)
+    _add_kv_cache(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="most tokens to make (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest token (0)")
     parser.add_argument(
@@ -123,6 +126,7 @@ def _add_compile(commands: Any) -> None:
     )
     parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time (all)")
     add_attention(parser)
+    _add_kv_cache(parser)
 
 
 def _add_plan(commands: Any) -> None:
@@ -216,6 +220,16 @@ def _add_autotune(commands: Any) -> None:
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs, after one that warms (5)")
     parser.add_argument(
         "--output", metavar="FILE", help="add the choice to this file; without it to the user's own, which models read"
+    )
+
+
+def _add_kv_cache(parser: Parser, of: str = "") -> None:
+    parser.add_argument(
+        "--kv-cache",
+        choices=KV_CACHES,
+        default="plain",
+        help="what is kept of the prompt's keys and values: all as they are; as 8-bit numbers; all in the host's "
+        f"memory; or some tokens only, 4096 of each head{of} (plain)",
     )
 
 

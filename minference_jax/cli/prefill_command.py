@@ -31,9 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
             implementation=arguments.implementation,
             max_new_tokens=arguments.max_new_tokens,
             repeats=arguments.repeats,
+            kv_cache=arguments.kv_cache,
             step=lambda step: steps.step(_title(step, attention.name, arguments.repeats)),
         )
-    facts = record(model_name(arguments), model, prompt, attention, comparison)
+    facts = record(model_name(arguments), model, prompt, attention, comparison) | {"kv_cache": arguments.kv_cache}
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts))
 
 
@@ -103,6 +104,7 @@ def report(facts: dict[str, Any]) -> str:
         f"attention    {attention}, implementation {facts['implementation']}",
         f"pattern      {facts['pattern']}",
         f"density      {density}",
+        f"KV cache     {facts['kv_cache']}",
         "",
         f"{'':12} {'dense':>14} {attention:>14}",
         f"compile      {_seconds(facts['dense_compile_seconds'])} {_seconds(facts['sparse_compile_seconds'])}",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minference_jax.cache import KVCache, init_cache
+from minference_jax.cache import AnyPolicy, Host, KVCache, init_cache, policy_of
 from minference_jax.generate import chunks, programs
 from minference_jax.generate.language_model import LanguageModel
 from minference_jax.generate.prompts import bucket_length, check_room
@@ -56,6 +56,7 @@ def compile_ahead(
     pattern: HeadPattern | ModelPatterns | None = None,
     slash_granularity: SlashGranularity = "line",
     implementation: str | None = None,
+    kv_cache: str | AnyPolicy = "plain",
 ) -> Iterator[CompiledProgram]:
     """Compiles what `prefill` runs for prompts of these lengths, and what makes answers behind them; runs nothing.
 
@@ -67,14 +68,14 @@ def compile_ahead(
         lengths: tokens of prompts to come, of a batch its longest.
         batch: rows.
         max_new_tokens: most tokens of an answer; 0 = no program to make one.
-        chunk_size, attention, pattern, slash_granularity, implementation: as in `LanguageModel.prefill`.
+        chunk_size, attention, pattern, slash_granularity, implementation, kv_cache: as in `LanguageModel.prefill`.
 
     Yields:
         Each program as soon as it is there: those that read prompts, then those that make tokens.
 
     Raises:
         ValueError, NotImplementedError: as `LanguageModel.prefill` and `LanguageModel.decode`, before anything is
-            compiled.
+            compiled; a cache in host memory, which is filled and read by other programs.
     """
     if batch < 1 or max_new_tokens < 0:
         raise ValueError(f"{batch=} must be at least 1 and {max_new_tokens=} at least 0")
@@ -82,33 +83,37 @@ def compile_ahead(
         raise ValueError(f"lengths={list(lengths)} must be one or more positive numbers of tokens")
     check_room(model.config, lengths, max_new_tokens)
     chunks.check_chunk_size(chunk_size)
+    policy = policy_of(kv_cache)
+    chunks.check_whole(chunk_size, policy)
+    if isinstance(policy, Host):
+        raise NotImplementedError("kv_cache='host' runs layer by layer; its programs can't be compiled ahead")
     how = (attention, pattern, slash_granularity, implementation)
     prefills: dict[tuple[int, bool], Any] = {}  # by what tells their programs apart; of equal ones there is one
-    rooms: dict[int, None] = {}
     for length in sorted(lengths):
         bucket, is_whole = bucket_length(length), chunk_size is None or length <= chunk_size
         prefills[bucket, is_whole] = model.choose(bucket, *how, is_whole)
-        room = chunks.capacity_of(bucket, None if is_whole else chunk_size)
-        if max_new_tokens > 1:  # the first token comes of the prefill's logits
-            rooms[max(room, bucket_length(length + max_new_tokens))] = None
-    return _compiled(model, batch, chunk_size, prefills, tuple(rooms))
+    return _compiled(model, batch, chunk_size, prefills, max_new_tokens, policy)
 
 
-def _compiled(model, batch, chunk_size, prefills, rooms) -> Iterator[CompiledProgram]:
+def _compiled(model, batch, chunk_size, prefills, max_new_tokens, policy) -> Iterator[CompiledProgram]:
     graph, state = nnx.split(model.model)
+    prompts: dict[int, Any] = {}  # what prefills leave behind, by the tokens that it has room for
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     for (bucket, is_whole), (attend, arrays) in prefills.items():
         if is_whole:
             tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
-            lowered = programs.prefill.lower(graph, state, tokens, rows, arrays, attend)
+            lowered = programs.prefill.lower(graph, state, tokens, rows, arrays, attend, policy)
         else:
             is_sparse = arrays is not None
             read = chunks.shapes_of_read(graph, state, batch, bucket, chunk_size, is_sparse=is_sparse)
             lowered = chunks.lower_chunk(graph, state, arrays, _made(state, read), attend, chunk_size)
+        prompts[chunks.capacity_of(bucket, None if is_whole else chunk_size)] = lowered.out_info.cache
         yield _compile(lowered, "prefill" if is_whole else "chunk", batch, bucket)
-    for room in rooms:
-        token_and_cache = _made(state, (rows, _cache(model, batch, room)))
-        yield _compile(programs.read_token.lower(graph, state, *token_and_cache), "decode", batch, room)
+    if max_new_tokens > 1:  # the first token comes of the prefill's logits
+        room = bucket_length(max_new_tokens - 1)
+        for held, prompt in prompts.items():
+            given = _made(state, (rows, prompt, _cache(model, batch, room)))
+            yield _compile(programs.read_token.lower(graph, state, *given), "decode", batch, held + room)
 
 
 def _cache(model: LanguageModel, batch: int, capacity: int) -> KVCache:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import init_cache
+from minference_jax.cache import AnyPolicy, Plain, init_cache
 from minference_jax.generate.programs import PrefillResult
 from minference_jax.models import Attend
 from minference_jax.patterns import PatternArrays
@@ -25,6 +25,12 @@ def check_chunk_size(chunk_size: int | None) -> None:
     is_integer = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
     if not is_integer or chunk_size < _UNIT or chunk_size % _UNIT:
         raise ValueError(f"{chunk_size=} must be None or a multiple of {_UNIT} tokens, at least {_UNIT}")
+
+
+def check_whole(chunk_size: int | None, policy: AnyPolicy) -> None:
+    """Refuses, with ValueError, chunks with a policy that is not plain: later chunks attend to all that was read."""
+    if chunk_size is not None and not isinstance(policy, Plain):
+        raise ValueError(f"a prefill in chunks takes kv_cache='plain', {policy.name!r} is for prompts read at once")
 
 
 def prefill_in_chunks(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import extend_cache
+from minference_jax.cache import AnyPolicy, Host, KVCache, extend_cache, policy_of
 from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
-from minference_jax.generate.chunks import check_chunk_size, prefill_in_chunks
-from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, read_token, score_tokens
+from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
+from minference_jax.generate.decoding import Completion, decode_tokens, read_on
+from minference_jax.generate.offloaded import prefill_to_host
+from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, score_tokens
 from minference_jax.generate.prompts import Tokens, bucket_length, check_room, pad_prompts, stop_token_ids
-from minference_jax.generate.sampling import Sampling, choose
+from minference_jax.generate.sampling import Sampling
 from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
@@ -23,21 +24,6 @@ from minference_jax.kernels.tiles import TileConfig
 from minference_jax.models import Attend, Decoder
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 from minference_jax.tile_table import TileTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """An answer.
-
-    Attributes:
-        tokens: new token ids, without the stop token.
-        text: the same as text, without special tokens; None where the model has no tokenizer.
-        finish_reason: "stop" where a stop token came, "length" where max_new_tokens were made.
-    """
-
-    tokens: tuple[int, ...]
-    text: str | None
-    finish_reason: Literal["stop", "length"]
 
 
 class LanguageModel:
@@ -112,10 +98,11 @@ class LanguageModel:
         slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
         chunk_size: int | None = None,
+        kv_cache: str | AnyPolicy = "plain",
     ) -> PrefillResult:
         """Reads prompts, all at once or in chunks.
 
-        One program is compiled per batch size, bucket of lengths, kind of attention and chunk size.
+        One program is compiled per batch size, bucket of lengths, kind of attention, cache policy and chunk size.
 
         Args:
             prompts: token ids of one prompt, or of several of any lengths.
@@ -128,21 +115,29 @@ class LanguageModel:
             implementation: of the attention; None = the first that can do the call.
             chunk_size: tokens read at a time, a multiple of 128: activations take the memory of a chunk, and each chunk
                 keeps what its own last queries ask for. None = all; so, too, where no prompt is longer than a chunk.
+            kv_cache: what is kept of the keys and values: "plain", "int8", "fp8", "host", "snapkv", "pyramidkv",
+                "streaming_llm", or one of the policies of `minference_jax.cache` with its sizes. The prompt itself is
+                read with exact ones.
 
         Raises:
             ValueError: an empty prompt, one longer than the model can read, ids that are not its tokens, an unknown
-                attention or implementation, a pattern that does not fit, another `chunk_size`.
-            NotImplementedError: the named implementation can't do the call.
+                attention, implementation or policy, a pattern that does not fit, another `chunk_size`, chunks with a
+                policy that is not plain.
+            NotImplementedError: the named implementation can't do the call; no host memory for "host".
             MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         check_chunk_size(chunk_size)
+        policy = policy_of(kv_cache)
+        check_whole(chunk_size, policy)
         whole = chunk_size is None or lengths.max() <= chunk_size
         attend, arrays = self.choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
             if chunk_size is not None and not whole:
                 return prefill_in_chunks(self._graph, self._state, tokens, lengths, arrays, attend, chunk_size)
-            return prefill(self._graph, self._state, tokens, lengths, arrays, attend)
+            if isinstance(policy, Host):
+                return prefill_to_host(self._graph, self._state, tokens, lengths, arrays, attend)
+            return prefill(self._graph, self._state, tokens, lengths, arrays, attend, policy)
 
     def score(
         self,
@@ -194,8 +189,8 @@ class LanguageModel:
             was dense the density of `prefilled`.
 
         Raises:
-            ValueError: ids that are not the model's tokens, another number of rows, too little room, as in `decode`, or
-                an attention or pattern that `prefill` refuses.
+            ValueError: ids that are not the model's tokens, another number of rows, too little room, as in `decode`,
+                an attention or pattern that `prefill` refuses, or sparse attention over another cache than the plain.
             NotImplementedError: the named implementation can't do the call.
             MemoryError: the device has too little.
         """
@@ -205,6 +200,11 @@ class LanguageModel:
             raise ValueError(f"tokens of {len(padded)} rows do not go on from a prefill of {len(lengths)}")
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
             self.check_room([length], count)
+        if not isinstance(prefilled.cache, KVCache):
+            if attention != "dense" or pattern is not None or implementation is not None:
+                raise ValueError("behind another cache than the plain one more tokens are read with dense attention")
+            with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
+                return read_on(self._graph, self._state, prefilled, padded, counts)
         capacity = max(prefilled.cache.capacity, bucket_length(int(lengths.max()) + padded.shape[1]))
         attend, arrays = self.choose(capacity, attention, pattern, slash_granularity, implementation, False)
         with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
@@ -265,7 +265,7 @@ class LanguageModel:
         top_p: float = 1.0,
         key: jax.Array | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yields the next token of every row, int32 [B], max_new_tokens times, with dense attention over the cache.
+        """Yields the next token of every row, int32 [B], max_new_tokens times, with dense attention over what is kept.
 
         Args:
             prefilled: from `prefill`; it stays usable.
@@ -284,21 +284,7 @@ class LanguageModel:
             raise ValueError(f"{max_new_tokens=} must be at least 1")
         lengths = np.asarray(prefilled.cache.length).tolist()
         self.check_room(lengths, max_new_tokens)
-        return self._decode(prefilled, max(lengths), max_new_tokens, sampling, key)
-
-    def _decode(self, prefilled, longest, max_new_tokens, sampling, key) -> Iterator[np.ndarray]:
-        logits, cache = prefilled.logits, prefilled.cache
-        token: Any = None
-        del prefilled  # a caller who does not keep it has its memory back at the second token
-        for made in range(max_new_tokens):
-            with memory_for(f"an answer of up to {max_new_tokens} tokens after {longest}"):
-                if made == 1:  # the steps donate it: this is a copy of the prompt's
-                    cache = extend_cache(cache, max(cache.capacity, bucket_length(longest + max_new_tokens)))
-                if made:
-                    logits, cache = read_token(self._graph, self._state, token, cache)
-                token, key = choose(logits, sampling, key)
-                tokens = np.asarray(token)
-            yield tokens
+        return decode_tokens(self._graph, self._state, prefilled, max(lengths), max_new_tokens, sampling, key)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Whether prompts and their answers have room, as `decode` asks after they were read.
@@ -363,13 +349,14 @@ class LanguageModel:
         slash_granularity: SlashGranularity = "line",
         implementation: str | None = None,
         chunk_size: int | None = None,
+        kv_cache: str | AnyPolicy = "plain",
         **options: Any,
     ) -> list[Completion]:
         """Reads prompts and answers each: `prefill`, then `complete`.
 
         Args:
             prompts: one or several, each a text (encoded as by `encode`) or token ids.
-            attention, pattern, slash_granularity, implementation, chunk_size: as in `prefill`.
+            attention, pattern, slash_granularity, implementation, chunk_size, kv_cache: as in `prefill`.
             options: of `complete`: max_new_tokens, temperature, top_p, key, stop_tokens.
 
         Raises:
@@ -386,7 +373,8 @@ class LanguageModel:
         _, lengths = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
         self.check_room(lengths.tolist(), options.get("max_new_tokens", 1))  # before minutes of reading
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation}
-        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, chunk_size=chunk_size, **how)
+        how |= {"chunk_size": chunk_size, "kv_cache": kv_cache}
+        prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)
         return self.complete(prefilled, **options)
 
     def _completion(self, tokens: list[int], stopped: bool) -> Completion:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import KVCache, init_cache
+from minference_jax.cache import AnyPolicy, KVCache, Plain, SplitCache, Stored
 from minference_jax.models import Attend
 from minference_jax.patterns import PatternArrays
 
@@ -25,14 +25,15 @@ class PrefillResult(NamedTuple):
 
     Attributes:
         logits: float32 [B, V], after the last token of each prompt.
-        cache: keys and values of the prompts, padded to the bucket.
+        cache: keys and values of the prompts, padded to the bucket; or what another policy than the plain one has
+            stored of them; or, of an extension of that, both in a `SplitCache`.
         density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention. Of a prefill
             in chunks: the mean of the chunks' densities, each weighted by its share of the pairs of query and earlier
             key (dense attention's work). Of an extension with sparse attention: for the tokens that it read.
     """
 
     logits: jax.Array
-    cache: KVCache
+    cache: Any
     density: jax.Array | None
 
 
@@ -50,9 +51,15 @@ class Scores(NamedTuple):
     density: np.ndarray | None
 
 
-@partial(jax.jit, static_argnames=("graph", "attend"))
+@partial(jax.jit, static_argnames=("graph", "attend", "policy"))
 def prefill(
-    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, patterns: PatternArrays | None, attend: Attend
+    graph: Any,
+    state: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    patterns: PatternArrays | None,
+    attend: Attend,
+    policy: AnyPolicy,
 ) -> PrefillResult:
     """Reads prompts into a cache of their own.
 
@@ -62,11 +69,10 @@ def prefill(
         lengths: int32 [B], true lengths.
         patterns: [L, N], or None for dense attention.
         attend: how to attend.
+        policy: what to store.
     """
-    model = nnx.merge(graph, state)
-    config, (batch, capacity) = model.config, tokens.shape
-    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
-    return PrefillResult(*model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
+    how: dict[str, Any] = {"lengths": lengths, "attend": attend, "layer_inputs": patterns}
+    return PrefillResult(*nnx.merge(graph, state)(tokens, policy, **how))
 
 
 @partial(jax.jit, static_argnames=("graph", "attend"))
@@ -80,9 +86,8 @@ def score_tokens(
     Args: as `prefill`; at `lengths - 1` and beyond the result means nothing.
     """
     model = nnx.merge(graph, state)
-    config, (batch, capacity) = model.config, tokens.shape
-    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
-    hidden, _, density = model(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns, logits="hidden")
+    how: dict[str, Any] = {"lengths": lengths, "attend": attend, "layer_inputs": patterns}
+    hidden, _, density = model(tokens, Plain(), **how, logits="hidden")
 
     def score_one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits, following = model.head(row[0]), row[1]
@@ -118,14 +123,32 @@ def read_more(
     return PrefillResult(*nnx.merge(graph, state)(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def read_token(graph: Any, state: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """One step of decoding: the next logits float32 [B, V], and the donated cache with one more token in each row.
+@partial(jax.jit, static_argnames="graph", donate_argnames="tail")
+def read_behind(
+    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, prompt: Stored, tail: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Logits float32 [B, V] after more tokens, and the donated tail with them: dense attention over prompt and tail.
+
+    Args:
+        graph, state: of a model.
+        tokens: int32 [B, T], padded.
+        lengths: int32 [B], true numbers of new tokens.
+        prompt: what a policy has stored, which is only read.
+        tail: with room for T more in each row.
+    """
+    logits, cache, _ = nnx.merge(graph, state)(tokens, SplitCache(prompt, tail), lengths=lengths)
+    return logits, cache.tail
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="tail")
+def read_token(graph: Any, state: Any, token: jax.Array, prompt: Stored, tail: KVCache) -> tuple[jax.Array, KVCache]:
+    """One step of decoding: the next logits float32 [B, V], and the donated tail with one more token in each row.
 
     Args:
         graph, state: of a model.
         token: int32 [B].
-        cache: with room for one more in each row.
+        prompt: what is stored of the prompts, which is only read.
+        tail: with room for one more in each row.
     """
-    logits, cache, _ = nnx.merge(graph, state)(token[:, None], cache)
-    return logits, cache
+    logits, cache, _ = nnx.merge(graph, state)(token[:, None], SplitCache(prompt, tail))
+    return logits, cache.tail

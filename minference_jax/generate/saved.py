@@ -40,10 +40,14 @@ def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: 
         model: that read it; its weights' digest goes into the file.
 
     Raises:
-        ValueError: the prefill does not fit the model.
+        ValueError: the prefill does not fit the model, or its cache is not the plain one.
         OSError: the file can't be written.
     """
     path, cache = Path(path), prefilled.cache
+    if not isinstance(cache, KVCache):
+        raise ValueError(
+            f"only a prefill with kv_cache='plain' can be saved, this one's cache is a {type(cache).__name__}"
+        )
     lengths = [int(length) for length in np.asarray(cache.length)]
     expected = _expected(model, lengths, cache.capacity)
     for name, array in _arrays(prefilled).items():

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from minference_jax.cache import AnyPolicy
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.generate.streaming import decode_text
 from minference_jax.measure.attentions import DENSE, ChosenAttention
@@ -98,6 +99,7 @@ def compare(
     implementation: str | None,
     max_new_tokens: int,
     repeats: int,
+    kv_cache: str | AnyPolicy = "plain",
     step: Callable[[Step], AbstractContextManager[object]] = nullcontext,
     on_token: Callable[[Side, int], None] | None = None,
 ) -> Comparison:
@@ -113,6 +115,7 @@ def compare(
         implementation: of both; None = for each the first that can.
         max_new_tokens: most greedy tokens to make.
         repeats: timed runs of each.
+        kv_cache: of the other, as in `LanguageModel.prefill`; dense attention is compared with the plain one.
         step: entered with each step, around it; there are `steps_of(repeats)`. What it raises ends the comparison.
         on_token: is called with the side and each token of its answer; what it raises ends the comparison.
 
@@ -120,7 +123,8 @@ def compare(
         ValueError, NotImplementedError, MemoryError: as in `LanguageModel.prefill` and `decode`.
     """
     chosen: dict[Side, ChosenAttention] = {"dense": DENSE, "sparse": attention}
-    timers = {side: PrefillTimer(model, tokens, one) for side, one in chosen.items()}
+    caches: dict[Side, str | AnyPolicy] = {"dense": "plain", "sparse": kv_cache}
+    timers = {side: PrefillTimer(model, tokens, one, kv_cache=caches[side]) for side, one in chosen.items()}
     for side, timer in timers.items():
         with step(Step(kind="compile", side=side, timer=timer)):
             timer.compile(implementation)

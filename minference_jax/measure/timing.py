@@ -11,6 +11,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from minference_jax.cache import AnyPolicy
 from minference_jax.generate import LanguageModel, PrefillResult
 from minference_jax.implementations import IMPLEMENTATIONS
 from minference_jax.measure.attentions import ChosenAttention
@@ -88,7 +89,7 @@ class PrefillTimer(CallTimer):
         model: that reads.
         tokens: of the prompt.
         attention: how.
-        chunk_size: as in `LanguageModel.prefill`.
+        chunk_size, kv_cache: as in `LanguageModel.prefill`.
     """
 
     result: PrefillResult
@@ -100,9 +101,10 @@ class PrefillTimer(CallTimer):
         attention: ChosenAttention,
         *,
         chunk_size: int | None = None,
+        kv_cache: str | AnyPolicy = "plain",
     ):
         options: dict[str, Any] = {"attention": attention.name, "pattern": attention.pattern, "chunk_size": chunk_size}
-        options |= {"slash_granularity": attention.slash_granularity}
+        options |= {"slash_granularity": attention.slash_granularity, "kv_cache": kv_cache}
         super().__init__(lambda implementation: model.prefill(tokens, implementation=implementation, **options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from minference_jax.cache import KVCache, write_layer
+from minference_jax.cache import AnyPolicy, KVCache, SplitCache
+from minference_jax.models.caching import cache_access
 from minference_jax.models.config import DecoderConfig
 from minference_jax.models.layers import Attend, Embedding, Linear, RMSNorm, dense_attend
 from minference_jax.models.rope import Rotation, rotation_angles
@@ -50,19 +52,21 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        cache: KVCache,
+        cache: KVCache | SplitCache | AnyPolicy,
         *,
         lengths: jax.Array | None = None,
         attend: Attend = dense_attend,
         layer_inputs: Any = None,
         logits: str = "last",
         rope_lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         """Reads new tokens after those in the cache. A step of decoding is the same call with T = 1.
 
         Args:
             tokens: int32 [B, T]; ids must lie in [0, vocab_size).
             cache: of this model's shape and dtype; row b holds `cache.length[b]` tokens and must have room for T more.
+                Or a cache policy: the tokens are whole prompts, each layer attends over its own keys and values, and
+                what the policy keeps of them is stored. Or a `SplitCache`, which is read with dense attention.
             lengths: int32 [B], true number of new tokens in each row, from 0 to T; None = T. Rows beyond are padding:
                 they are written beyond the new length, where the next call overwrites them. A row of 0 keeps its
                 tokens, and its last logits mean nothing.
@@ -75,22 +79,26 @@ class Decoder(nnx.Module):
 
         Returns:
             logits float32 [B, V] or [B, T, V], or hidden states [B, T, D] in the model's dtype; the cache with the new
-            tokens; what `attend` returned beside its output, stacked over the layers [L, ...].
+            tokens, for a policy what it stored; what `attend` returned beside its output, stacked over the layers
+            [L, ...].
 
         Raises:
             ValueError: shapes or dtypes that do not fit the model, a cache smaller than T, an unknown `logits`.
         """
         check_call(self.config, tokens, cache, lengths, logits, self.dtype)
+        if isinstance(cache, SplitCache) and attend is not dense_attend:
+            raise ValueError("what a cache policy has stored is read with dense attention only")
         config, (batch, count) = self.config, tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), count, jnp.int32)
+        start = cache.length if isinstance(cache, KVCache | SplitCache) else jnp.zeros_like(lengths)
         if rope_lengths is None:
-            rope_lengths = cache.length + lengths
+            rope_lengths = start + lengths
         x, cache, aux = run_layers(
             self.layers,
             self.embed(tokens),
             cache,
-            rotation=self._rotation(count, cache.length, rope_lengths),
+            rotation=self._rotation(count, start, rope_lengths),
             attend=attend,
             layer_inputs=layer_inputs,
             lengths=lengths,
@@ -176,22 +184,23 @@ def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], 
 def run_layers(
     layers: nnx.Module,
     x: jax.Array,
-    cache: KVCache,
+    cache: KVCache | SplitCache | AnyPolicy,
     *,
     rotation: Rotation,
     attend: Attend,
     layer_inputs: Any,
     lengths: jax.Array,
     scale: float,
-) -> tuple[jax.Array, KVCache, Any]:
-    """Runs x through all layers, writing each layer's keys and values to the cache before it attends over them.
+) -> tuple[jax.Array, Any, Any]:
+    """Runs x through all layers, which read and write the cache as `models.caching` tells for its kind.
 
-    The cache is carried through the scan, not stacked by it, so that a step writes its own tokens and copies nothing.
+    A cache that is written is carried through the scan, not stacked by it, so that a step writes its own tokens and
+    copies nothing; what is stored of whole prompts is stacked.
 
     Args:
         layers: from `stack_layers`; called as layer(x, rotation, attend).
         x: embedded tokens [B, T, D].
-        cache: tokens read so far; the new ones start at `cache.length`.
+        cache: tokens read so far, the new ones start at `cache.length`; or the policy of a cache to be made.
         rotation: of queries and keys, for their positions.
         attend: how to attend.
         layer_inputs: pytree with leading axis L, one slice for each layer's `attend`; None = nothing.
@@ -202,26 +211,26 @@ def run_layers(
         x [B, T, D]; the cache with the new tokens; what `attend` returned beside its output, stacked [L, ...].
     """
     graph, parameters = nnx.split(layers)
-    kv_len = cache.length + lengths
+    num_layers = jax.tree.leaves(parameters)[0].shape[0]
+    access = cache_access(cache, lengths, num_layers)
+
+    def call(layer_input, q, k, v, **where):
+        return attend(q, k, v, layer_input, scale=scale, **where)
 
     def run_one(carry, per_layer):
-        x, keys, values = carry
+        x, written = carry
         index, layer_parameters, layer_input = per_layer
 
-        def write_and_attend(q, k, v):
-            new_keys = write_layer(keys, k, index, cache.length)
-            new_values = write_layer(values, v, index, cache.length)
-            all_k = lax.dynamic_index_in_dim(new_keys, index, keepdims=False)
-            all_v = lax.dynamic_index_in_dim(new_values, index, keepdims=False)
-            out, aux = attend(q, all_k, all_v, layer_input, scale=scale, q_offset=cache.length, kv_len=kv_len)
-            return out, (new_keys, new_values, aux)
+        def attend_and_keep(q, k, v):
+            out, *rest = access.attend(partial(call, layer_input), q, k, v, written, index, scale)
+            return out, rest
 
-        x, (keys, values, aux) = nnx.merge(graph, layer_parameters)(x, rotation, write_and_attend)
-        return (x, keys, values), aux
+        x, (aux, written, kept) = nnx.merge(graph, layer_parameters)(x, rotation, attend_and_keep)
+        return (x, written), (aux, kept)
 
-    indices = jnp.arange(cache.k.shape[0], dtype=jnp.int32)
-    (x, keys, values), aux = lax.scan(run_one, (x, cache.k, cache.v), (indices, parameters, layer_inputs))
-    return x, KVCache(keys, values, kv_len), aux
+    indices = jnp.arange(num_layers, dtype=jnp.int32)
+    (x, written), (aux, kept) = lax.scan(run_one, (x, access.written), (indices, parameters, layer_inputs))
+    return x, access.close(written, kept), aux
 
 
 def select_rows(x: jax.Array, lengths: jax.Array, logits: str) -> jax.Array:
@@ -238,7 +247,12 @@ def select_rows(x: jax.Array, lengths: jax.Array, logits: str) -> jax.Array:
 
 
 def check_call(
-    config: Any, tokens: jax.Array, cache: KVCache, lengths: jax.Array | None, logits: str, dtype: jnp.dtype
+    config: Any,
+    tokens: jax.Array,
+    cache: KVCache | SplitCache | AnyPolicy,
+    lengths: jax.Array | None,
+    logits: str,
+    dtype: jnp.dtype,
 ) -> None:
     """Refuses what a decoder's call can know to be wrong without running it.
 
@@ -257,6 +271,10 @@ def check_call(
     batch, count = tokens.shape
     if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths must be [{batch}], one for each row of tokens, got {list(lengths.shape)}")
+    if isinstance(cache, SplitCache):
+        cache = cache.tail
+    if not isinstance(cache, KVCache):
+        return
     expected = (config.num_layers, batch, cache.capacity, config.num_kv_heads, config.head_dim)
     for name, array in (("k", cache.k), ("v", cache.v)):
         if array.shape != expected:

@@ -1,13 +1,16 @@
-"""The key/value cache of a model: plain arrays, written by the models, handed from call to call."""
+"""The plain cache: keys and values as the model made them, handed from call to call."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from minference_jax.cache.policy import Block, layer_block
 
 
 class KVCache(NamedTuple):
@@ -27,6 +30,29 @@ class KVCache(NamedTuple):
     def capacity(self) -> int:
         """S, the number of tokens a row can hold."""
         return self.k.shape[2]
+
+    def filled(self, layer: jax.Array) -> jax.Array:
+        """As in `Stored`: every layer holds every token."""
+        return self.length
+
+    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+        """As in `Stored`."""
+        return Block(*(layer_block(x, layer, start, size) for x in (self.k, self.v)))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A policy: everything is kept, in the model's dtype."""
+
+    name: ClassVar[str] = "plain"
+
+    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, jax.Array]:
+        """As in `CachePolicy`."""
+        return k, v
+
+    def stored(self, kept: tuple[jax.Array, jax.Array], length: jax.Array) -> KVCache:
+        """As in `CachePolicy`."""
+        return KVCache(*kept, length)
 
 
 def init_cache(

@@ -1,0 +1,81 @@
+"""What every cache policy answers to: what it keeps of a layer's prompt, and how that is read again.
+
+A policy is static and hashable; what it has stored is a pytree of arrays. Decoding only reads what was stored of the
+prompt: later tokens go to a plain tail of their own (`SplitCache`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+from jax import lax
+
+
+class Block(NamedTuple):
+    """Some slots of one layer.
+
+    Attributes:
+        k, v: [B, s, K, H], in any dtype.
+        k_scale, v_scale: float32 [B, s, K], what those of each token and head are multiplied with; None = 1.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+
+class Stored(Protocol):
+    """Keys and values of prompts, of all layers, in slots; a pytree of arrays."""
+
+    @property
+    def length(self) -> jax.Array:
+        """int32 [B], tokens of each prompt, kept or not: the position of the next token."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+
+    def filled(self, layer: jax.Array) -> jax.Array:
+        """int32 [B], how many slots of a layer, from the first on, hold a token."""
+
+    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+        """The slots from `start` on; `start + size` must not exceed `capacity`."""
+
+
+class CachePolicy(Protocol):
+    """What is kept of a prompt's keys and values; static and hashable."""
+
+    name: ClassVar[str]
+
+    def keep(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        lengths: jax.Array,
+        layer: jax.Array,
+        num_layers: int,
+        scale: float,
+    ) -> Any:
+        """What is kept of one layer, a pytree of arrays of the same shapes for every layer.
+
+        Args:
+            q: queries [B, T, N, H] of whole prompts.
+            k, v: keys and values [B, T, K, H], the layer's own.
+            lengths: int32 [B], true lengths.
+            layer: int32 [], which it is.
+            num_layers: how many there are.
+            scale: what q·k is multiplied with.
+        """
+
+    def stored(self, kept: Any, length: jax.Array) -> Any:
+        """A `Stored` of what `keep` gave, stacked over the layers [L, ...], and the prompts' lengths int32 [B]."""
+
+
+def layer_block(stacked: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """[B, size, ...] of one layer's slots from `start` on, out of an array [L, B, S, ...]; nothing else is copied."""
+    starts = (layer, 0, start, *[0] * (stacked.ndim - 3))
+    return lax.dynamic_slice(stacked, starts, (1, stacked.shape[1], size, *stacked.shape[3:]))[0]
