@@ -63,7 +63,7 @@ class Warpgroup(NamedTuple):
 
     program: Program
     number: Array
-    say: Array | None = None
+    say: Any = None
 
     @property
     def rows(self) -> Any:
