@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from minference_jax.cache import Plain, policy_of
 from minference_jax.generate import CompiledProgram, LanguageModel, compile_ahead
 from minference_jax.measure import memory_limit
 
 _CHUNK_SIZES = (65536, 16384, 4096)  # tokens: what a prefill that does not fit is tried with
+_SMALLER_CACHES = ("int8", "snapkv")  # and then, of prompts that are read at once
 
 
 class MemoryPlan(NamedTuple):
@@ -95,7 +97,8 @@ def refusal(plan: MemoryPlan, others: list[MemoryPlan]) -> str:
     if not others:
         return f"{said}: read a shorter prompt or fewer at once"
     least = min(others, key=lambda other: other.needed_bytes)
-    how = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in least.changed.items())
+    given = {name: value for name, value in least.changed.items() if value is not None}
+    how = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
     if least.fits:
         return f"{said}: with {how} it takes {gigabytes(least.needed_bytes)}"
     return f"{said}; with {how}, the least that was tried, it takes {gigabytes(least.needed_bytes)}"
@@ -108,6 +111,9 @@ def gigabytes(count: int) -> str:
 
 def _changes(length: int, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     read_at_once = settings.get("chunk_size") or length
-    for chunk_size in _CHUNK_SIZES:
-        if chunk_size < read_at_once:
-            yield {"chunk_size": chunk_size}
+    if policy_of(settings.get("kv_cache", "plain")) == Plain():  # prefills in chunks keep no other
+        for chunk_size in _CHUNK_SIZES:
+            if chunk_size < read_at_once:
+                yield {"chunk_size": chunk_size}
+        for kv_cache in _SMALLER_CACHES:
+            yield {"chunk_size": None, "kv_cache": kv_cache}

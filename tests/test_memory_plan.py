@@ -44,10 +44,12 @@ def test_what_does_not_fit_is_refused_with_figures_and_the_setting_that_fits(sha
     (other,) = other_plans(shapes, 500, limit_bytes=needed[256], **A_SHAPE)
     assert other.changed == {"chunk_size": 256}
     assert f"with --chunk-size 256 it takes {needed[256] / 1e9:.2f} GB" in refusal(plan, [other])
-    both = list(other_plans(shapes, 500, limit_bytes=1, **A_SHAPE))
-    assert [one.changed["chunk_size"] for one in both] == [256, 128]
-    assert "with --chunk-size 128, the least that was tried, it takes" in refusal(plan, both)
-    assert not list(other_plans(shapes, 500, chunk_size=128, limit_bytes=1, **A_SHAPE))
+    every = list(other_plans(shapes, 500, limit_bytes=1, **A_SHAPE))
+    assert [one.changed["chunk_size"] for one in every] == [256, 128, None, None]
+    assert [one.changed.get("kv_cache") for one in every] == [None, None, "int8", "snapkv"]
+    least = min(every, key=lambda one: one.needed_bytes).needed_bytes
+    assert f", the least that was tried, it takes {least / 1e9:.2f} GB" in refusal(plan, every)
+    assert not list(other_plans(shapes, 500, kv_cache="int8", limit_bytes=1, **A_SHAPE))
     assert refusal(plan, []).endswith("read a shorter prompt or fewer at once")
 
 

@@ -20,10 +20,10 @@ from minference_jax.bench.meters import Meter
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.prefill_parts import time_parts
 from minference_jax.bench.records import environment, record
-from minference_jax.cache import Plain
-from minference_jax.generate import LanguageModel, PrefillResult
+from minference_jax.cache import AnyPolicy, Host, Plain, policy_of
+from minference_jax.generate import LanguageModel, PrefillResult, compile_ahead
 from minference_jax.generate.attend import choose_attend
-from minference_jax.generate.chunks import check_chunk_size, prefill_in_chunks
+from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
 from minference_jax.generate.programs import prefill
 from minference_jax.generate.prompts import pad_prompts
 from minference_jax.implementations import device_of, memory_for
@@ -35,7 +35,7 @@ LENGTHS = (8192, 32768, 131072)
 """Tokens, where no lengths are asked for and the model reads so many."""
 SAME = (
     *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "length", "dtype", "linear", "layers"),
-    *("chunk_size", "device", "jax", "jaxlib", "commit"),
+    *("chunk_size", "kv_cache", "device", "jax", "jaxlib", "commit"),
 )
 """Fields of a record that make two of them the same measurement."""
 
@@ -81,9 +81,10 @@ class PrefillBench:
       attention: sparse, to be compared with dense.
       implementation: of sparse attention; None = the first that can. Dense attention is by the first that can.
       chunk_size: tokens read at a time, as in `LanguageModel.prefill`; None = all.
+      kv_cache: what is kept of keys and values, as in `LanguageModel.prefill`, with both attentions.
       repeats: timed prefills, after one that compiles and warms.
-      baseline_repeats: of dense attention; None = as `repeats`.
-      has_parts: whether parts are timed, too.
+      baseline_repeats: of dense attention; None = as `repeats`, 0 = it is left out.
+      has_parts: whether parts are timed, too, and a prefill without attention.
       joules: reads an energy counter; gives None where there is none.
 
     Raises:
@@ -98,6 +99,7 @@ class PrefillBench:
         *,
         implementation: str | None = None,
         chunk_size: int | None = None,
+        kv_cache: str | AnyPolicy = "plain",
         repeats: int = 3,
         baseline_repeats: int | None = None,
         has_parts: bool = True,
@@ -106,10 +108,13 @@ class PrefillBench:
         if attention.name in (DENSE.name, "auto"):
             raise ValueError(f"attention={attention.name!r} can't be compared with dense: a sparse one is needed")
         check_chunk_size(chunk_size)
+        self._policy = policy_of(kv_cache)
+        check_whole(chunk_size, self._policy)
         subject.model.sparse_on_device(implementation)
         self._subject, self._model, self._sparse = subject, subject.model, attention
         self._implementation, self._chunk_size, self._has_parts = implementation, chunk_size, has_parts
-        self._repeats = {"dense": baseline_repeats or repeats}
+        self._repeats = {"dense": repeats if baseline_repeats is None else baseline_repeats}
+        self._attentions = (self._sparse, DENSE) if self._repeats["dense"] else (self._sparse,)
         self._default_repeats, self._joules = repeats, joules
         self._attend(attention.name, implementation)
 
@@ -129,7 +134,7 @@ class PrefillBench:
     def is_measured(self, length: int, records: Sequence[dict[str, Any]]) -> bool:
         """Whether records hold both attentions at a length, with these settings, on this device and of this commit."""
         here = environment()
-        for attention in (DENSE, self._sparse):
+        for attention in self._attentions:
             wanted = {**self._described(attention, length), **here}
             if not any(all(one[name] == wanted[name] for name in SAME) for one in records):
                 return False
@@ -176,9 +181,9 @@ class PrefillBench:
                     return prefill_in_chunks(graph, state, padded, lengths, None, no_attention, chunk_size)
                 return prefill(graph, state, padded, lengths, None, no_attention, Plain())
 
-        both = (self._sparse, DENSE)
-        chosen = {one.name: PrefillTimer(self._model, tokens, one, chunk_size=chunk_size) for one in both}
-        return {"linear": CallTimer(linear), **chosen}
+        how: dict[str, Any] = {"chunk_size": chunk_size, "kv_cache": self._policy}
+        chosen = {one.name: PrefillTimer(self._model, tokens, one, **how) for one in self._attentions}
+        return {"linear": CallTimer(linear), **chosen} if self._has_parts else dict(chosen)
 
     def _begin(self, side: _Side) -> None:
         """Compiles and warms; notes density."""
@@ -246,7 +251,17 @@ class PrefillBench:
             "layers": config.num_layers,
             "model_layers": self._subject.model_layers,
             "chunk_size": self._chunk_size,
+            "kv_cache": self._policy.name,
         }
+
+    def _planned(self, attention: ChosenAttention, length: int) -> int | None:
+        """Bytes that the compiler says a prefill takes; None = of a cache in host memory it says nothing."""
+        if isinstance(self._policy, Host):
+            return None
+        how: dict[str, Any] = {"chunk_size": self._chunk_size, "kv_cache": self._policy, "pattern": attention.pattern}
+        how |= {"attention": attention.name, "slash_granularity": attention.slash_granularity}
+        how["implementation"] = None if attention is DENSE else self._implementation
+        return max(program.total_bytes for program in compile_ahead(self._model, [length], **how))
 
     def _tiles(self, implementation: str | None) -> Any:
         """The tile sizes of sparse attention by an implementation."""
@@ -277,6 +292,7 @@ class PrefillBench:
             "index_ms": side.facts.get("index"),
             "kernel_ms": side.facts.get("kernel"),
             "peak_bytes": side.meter.peak_bytes,
+            "planned_bytes": self._planned(attention, length),
             "host_peak_bytes": side.meter.host_peak_bytes,
             "host_peak_of": side.meter.host_peak_of,
             "joules": side.facts.get("joules"),

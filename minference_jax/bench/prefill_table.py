@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from minference_jax.bench.records import milliseconds
 
-_MODEL = ("device", "commit", "case", "dtype", "linear", "layers", "chunk_size")  # what one table is of
+_MODEL = ("device", "commit", "case", "dtype", "linear", "layers", "chunk_size", "kv_cache")  # of one table
 _MEASURED = (
-    *("device", "case", "dtype", "linear", "layers", "chunk_size", "attention", "pattern", "slash_granularity"),
-    *("lists", "length"),
+    *("device", "case", "dtype", "linear", "layers", "chunk_size", "kv_cache", "attention", "pattern"),
+    *("slash_granularity", "lists", "length"),
 )
 
 
@@ -94,6 +94,9 @@ def _rows(group: Sequence[Pair]) -> list[str]:
         ],
         "dense, GB": [_gigabytes(pair.dense) for pair in group],
         "sparse, GB": [_gigabytes(pair.sparse) for pair in group],
+        "sparse, planned GB": [
+            _cell(pair.sparse, lambda one: f"{one['planned_bytes'] / 1e9:.1f}", "planned_bytes") for pair in group
+        ],
         "dense, J": [_cell(pair.dense, lambda one: f"{one['joules']:,.0f}", "joules") for pair in group],
         "sparse, J": [_cell(pair.sparse, lambda one: f"{one['joules']:,.0f}", "joules") for pair in group],
     }
@@ -125,6 +128,8 @@ def _caption(group: Sequence[Pair]) -> str:
         said.append(f"linear layers of {first['linear']}")
     if first["chunk_size"] is not None:
         said.append(f"{first['chunk_size']:,} tokens at a time")
+    if first["kv_cache"] not in (None, "plain"):
+        said.append(f"{first['kv_cache']} cache")
     text = f"{', '.join(said)}; medians, dense and sparse in turn."
     if sparse is not None:
         labels = {label(pair.sparse) for pair in group if pair.sparse is not None}

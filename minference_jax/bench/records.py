@@ -18,10 +18,19 @@ from minference_jax.measure import device_name
 FIELDS = (
     *("suite", "case", "attention", "pattern", "slash_granularity", "lists", "implementation", "tiles"),
     *("length", "batch", "num_heads", "num_kv_heads", "head_dim", "dtype", "linear", "layers", "model_layers"),
-    "chunk_size",
+    *("chunk_size", "kv_cache"),
     *("density", "ms", "ms_spread", "extrapolated_ms", "tokens_per_second", "compile_ms"),
     *("linear_ms", "cache_ms", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
-    *("tflops_kept", "tflops_baseline", "error", "peak_bytes", "host_peak_bytes", "host_peak_of", "joules"),
+    *(
+        "tflops_kept",
+        "tflops_baseline",
+        "error",
+        "peak_bytes",
+        "planned_bytes",
+        "host_peak_bytes",
+        "host_peak_of",
+        "joules",
+    ),
     *("skip_threshold", "skip_ms", "skip_error"),
     *("device", "driver", "jax", "jaxlib", "commit", "date"),
 )
@@ -44,9 +53,10 @@ everything but attention, with the embedding, the writes to the cache and the lo
 cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
 every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
 less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.
-lists: what the lists were estimated from, live, in each prefill. peak_bytes: of the device, seen during the case's own
-timed runs. host_peak_bytes: of the process, in these runs where host_peak_of is "case", since it began where it is
-"process". joules: of the whole card in one prefill, mean.
+lists: what the lists were estimated from, live, in each prefill. kv_cache: the policy's name. peak_bytes: of the
+device, seen during the case's own timed runs; planned_bytes: what `plan_memory` says of the same prefill.
+host_peak_bytes: of the process, in these runs where host_peak_of is "case", since it began where it is "process".
+joules: of the whole card in one prefill, mean.
 """
 
 

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from minference_jax.bench.shapes import SHAPES
-from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_progress
-from minference_jax.cli.values import four_sizes, positive, share
+from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_kv_cache, add_progress
+from minference_jax.cli.values import four_sizes, not_negative, positive, share
 
 SPARSE_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse")
 
@@ -76,10 +76,16 @@ def _add_prefill(suites: Any) -> None:
         "--lengths", type=positive, nargs="+", metavar="N", help="tokens (8192 32768 131072, as far as the model reads)"
     )
     parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time, multiple of 128 (all)")
+    add_kv_cache(parser)
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
-    parser.add_argument("--baseline-repeats", type=positive, metavar="N", help="of dense attention (as --repeats)")
     parser.add_argument(
-        "--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts of attention, too (yes)"
+        "--baseline-repeats", type=not_negative, metavar="N", help="of dense attention, 0 = none (as --repeats)"
+    )
+    parser.add_argument(
+        "--parts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time the parts of attention and a prefill without it, too (yes)",
     )
     _add_output(parser)
     parser.add_argument(

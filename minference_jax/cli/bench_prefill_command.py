@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         attention,
         implementation=arguments.implementation,
         chunk_size=arguments.chunk_size,
+        kv_cache=arguments.kv_cache,
         repeats=arguments.repeats,
         baseline_repeats=arguments.baseline_repeats,
         has_parts=arguments.parts,

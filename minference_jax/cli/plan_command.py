@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         "batch": arguments.batch,
         "max_new_tokens": arguments.max_new_tokens,
         "chunk_size": arguments.chunk_size,
+        "kv_cache": arguments.kv_cache,
         "attention": attention.name,
         "pattern": attention.pattern,
         "slash_granularity": attention.slash_granularity,
