@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -11,9 +9,7 @@ from minference_jax import estimate
 from minference_jax.estimate import NUM_BLOCKS_UNIT
 from minference_jax.kernels.layouts import FAR, SparseLayout, compact, costs_dense, density, make_dense, slash_offsets
 from minference_jax.kernels.tiles import TileConfig
-from minference_jax.patterns import PatternArrays, PatternKind
-
-SlashGranularity = Literal["line", "block"]
+from minference_jax.patterns import PatternArrays, PatternKind, SlashGranularity
 
 
 def build_layout(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from minference_jax.generate.attend import choose_attend, resolve_auto
@@ -55,6 +57,22 @@ def test_auto_judges_the_patterns_that_the_call_brings():
 def test_auto_takes_patterns_of_a_model_and_of_no_single_kind():
     with pytest.raises(ValueError, match="attention='auto' takes ModelPatterns or None, got VerticalSlash"):
         resolve_auto(VerticalSlash(vertical_size=1, slash_size=1), patterns=None, length=1, implementation=TRITON)
+
+
+@pytest.mark.parametrize("made_for", ["line", "block", None])
+def test_patterns_run_with_the_granularity_that_they_were_searched_for(made_for):
+    patterns = replace(uniform_patterns(1, 2), slash_granularity=made_for, source="found.json")
+    for asked in ("line", "block"):
+        how = {"slash_granularity": asked, "implementation": None, "tiles": None}
+        if made_for in (None, asked):
+            assert choose_attend("minference", None, patterns=patterns, **how)[0].slash_granularity == asked
+        else:
+            sentence = (
+                f"found.json: patterns were searched for slash_granularity='{made_for}', the call asks for '{asked}'"
+            )
+            with pytest.raises(ValueError, match=sentence):
+                choose_attend("minference", None, patterns=patterns, **how)
+        assert choose_attend("dense", None, patterns=patterns, **how)[1] is None
 
 
 def test_capacities_follow_the_largest_heads():

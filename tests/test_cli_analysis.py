@@ -63,7 +63,32 @@ def test_search_writes_what_it_found_in_both_formats_and_says_so(run, model, tmp
     assert out.splitlines()[1:] == lines
     assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["out.json", "out.json.journal", "published.json"]
     code, out, err = run("prefill --model MODEL --pattern out.json --prompt hello --repeats 1 --json")
-    assert json.loads(out)["pattern"] == "out.json"
+    assert re.fullmatch(
+        r"out\.json \(search at 0.75 of dense attention's tiles on 2 prompts of up to 4\d\d tokens\)",
+        json.loads(out)["pattern"],
+    )
+
+
+def test_patterns_of_another_model_or_granularity_are_said_or_refused(run, tmp_path):
+    head = {"kind": "vertical_slash", "vertical_size": 30, "slash_size": 50}
+    facts = {"format": "minference-jax/patterns", "version": 1, "model": "some/Other", "source": "a search"}
+    facts |= {"slash_granularity": "block", "layers": [[head] * NUM_HEADS] * NUM_LAYERS}
+    (tmp_path / "p.json").write_text(json.dumps(facts))
+    wanted, said = "--prompt hello --pattern p.json --json", "p.json (a search), searched for some/Other"
+    prefill, inspect = f"prefill --model MODEL {wanted} --repeats 1", f"inspect --model MODEL {wanted} --no-time"
+    for command in (prefill, inspect):
+        code, out, _ = run(f"{command} --slash-granularity block")
+        assert (code, json.loads(out)["pattern"]) == (0, said)
+    evaluate = "evaluate perplexity --model MODEL --text text.txt --lengths 128 --attentions found=p.json"
+    code, _, err = run(f"{evaluate} --slash-granularity block")
+    assert (code, err) == (0, f"found: {said}\n")
+    assert run("patterns check p.json --model MODEL")[1].endswith("searched for some/Other, slash granularity block\n")
+    for command in (prefill, inspect, evaluate, f"generate --model MODEL {wanted.removesuffix(' --json')}"):
+        code, out, err = run(command)
+        assert (code, out) == (2, "")
+        assert "searched for slash_granularity='block', the call asks for 'line': give" in err
+    (tmp_path / "p.json").write_text(json.dumps(facts | {"model": f"elsewhere/{run.model.name}"}))
+    assert "searched for" not in run("patterns check p.json --model MODEL")[1]
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["new", "overwrite"])
@@ -181,7 +206,8 @@ def test_inspect_prints_tables_and_draws(run, tmp_path):
         ("search out.json --budget 1", "'1' must be a number above 0 and below 1"),
         ("search out.json --candidates diagonal:3", "must begin with one of a_shape, vertical_slash, block_sparse"),
         ("search out.json --candidates a_shape:3", "needs its sizes: a_shape:SINK_SIZE,WINDOW_SIZE"),
-        ("search out.json --published old.json", "--published needs --no-dense-heads"),
+        ("search out.json --published old.json", "--published needs --no-dense-heads or --levels 1"),
+        ("search out.json --levels 1 --published old.json --slash-granularity block", "has no place for it"),
         ("search out.json --published old.json --levels 1 --dense-heads", "--published needs --no-dense-heads"),
         ("search out.json --no-dense-heads --published ./out.json", "is the output itself: name another file"),
         ("search out.json --question Why?", "--question goes with --prompt-file"),

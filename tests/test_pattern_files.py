@@ -94,6 +94,12 @@ def test_our_format_is_read(tmp_path):
     assert patterns.layers == EVERY_KIND
     assert patterns.scores == ((0.5, None), (None, 1))
     assert (patterns.model, patterns.score_name, patterns.score_direction) == ("tiny", "recall", "higher_is_better")
+    assert (patterns.slash_granularity, patterns.source) == (None, str(tmp_path / "patterns.json"))  # an older file
+    said = read_patterns(saved(tmp_path, ours_with(source="search at 0.3", slash_granularity="block")))
+    assert said.slash_granularity == "block"
+    assert said.source == f"{tmp_path / 'patterns.json'} (search at 0.3)"
+    write_patterns(said, tmp_path / "again.json")
+    assert read_patterns(tmp_path / "again.json") == said
     bare = read_patterns(saved(tmp_path, ours_with(score=None, model=...)))
     assert (bare.model, bare.score_name, bare.score_direction, bare.scores) == (None, None, None, patterns.scores)
 
@@ -216,6 +222,10 @@ def test_an_unreadable_file_is_the_systems_own_error(tmp_path):
         (ours_with(layers=[[]]), "layer 0: [] must be an array with an object for each head"),
         (ours_with(layers=[OURS["layers"][0], OURS["layers"][0][:1]]), "layer 1 has 1 heads and layer 0 has 2"),
         (ours_with(model=3), "model=3 must be a name"),
+        (ours_with(source=3), "source=3 must be a text that says how the patterns were made"),
+        (ours_with(source=""), "source='' must be a text"),
+        (ours_with(slash_granularity="dot"), 'slash_granularity=\'dot\' must be "line", "block" or None'),
+        (ours_with(slash_granularity=["line"]), "slash_granularity=['line'] must be"),
         (ours_with(score="recall"), "score: 'recall' must be an object"),
         (ours_with("score", extra=1), "score: unknown field 'extra'"),
         (ours_with("score", direction="up"), "score: the direction of the score, 'up', must be higher_is_better or"),
@@ -332,6 +342,12 @@ def test_a_published_file_of_defaults_alone_still_tells_the_number_of_heads(tmp_
         {},
     ]
     assert read_patterns(tmp_path / "published.json") == patterns
+
+
+def test_patterns_for_whole_block_diagonals_are_not_written_in_the_published_format(tmp_path):
+    patterns = ModelPatterns(layers=EVERY_KIND[1:], slash_granularity="block", source="test")
+    with pytest.raises(ValueError, match="no place for slash_granularity='block'"):
+        write_patterns(patterns, tmp_path / "x.json", format="published")
 
 
 def test_a_dense_head_has_no_published_name(tmp_path):

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 
-from minference_jax.cli.inputs import choose_attention, load_model
+from minference_jax.cli.inputs import check_granularity, choose_attention, load_model
 from minference_jax.demo.models import Models, labels_of
 from minference_jax.demo.runs import first_attention
 from minference_jax.demo.server import check_address, check_extra, serving
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     example_tokens = arguments.example_tokens or settings.max_prompt_tokens // 2
     if is_open:
         attention = first_attention(first, example_tokens, settings.implementation)
+    check_granularity(first, attention)
     where = {"host": arguments.host, "port": arguments.port}
     try:
         with serving(service, attention, example_tokens=example_tokens, **where) as address:

@@ -37,6 +37,7 @@ from minference_jax.evaluate.statistics import quantile
 from minference_jax.figures import check_picture
 from minference_jax.generate import LanguageModel
 from minference_jax.models import linear_of
+from minference_jax.patterns import ModelPatterns
 
 _SEED = 42  # where none is given
 
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = None if getattr(arguments, "text", None) is None else read_text(arguments.text)
     model = load_model(arguments)
     contenders = with_patterns(choices, arguments.model, model)
+    _say_foreign(contenders, arguments, model)
     settings = {"suite": arguments.suite, "model": model_name(arguments)}
     settings |= {name: getattr(arguments, name) for name in sorted(_SETTINGS) if hasattr(arguments, name)}
     records = _records(arguments, model, contenders, text, settings)
@@ -71,6 +73,16 @@ def run(arguments: argparse.Namespace) -> None:
             title=f"{model_name(arguments)}, {arguments.suite}",
             confidence=arguments.confidence,
         )
+
+
+def _say_foreign(contenders: Sequence[Contender], arguments: argparse.Namespace, model: LanguageModel) -> None:
+    """Says on standard error which contenders have patterns that are for another model."""
+    for one in contenders:
+        patterns = one.check(model)
+        if isinstance(patterns, ModelPatterns):
+            said = patterns.described_for(model_name(arguments))
+            if said != patterns.source:
+                print(f"{one.name}: {said}", file=sys.stderr)
 
 
 def _records(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
-from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, read_prompt
+from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.patterns.release import is_release
 
@@ -19,8 +19,10 @@ def run(arguments: argparse.Namespace) -> None:
     if "" in arguments.stop:
         raise ValueError("--stop needs a text that is not empty")
     model = load_model(arguments)
-    if arguments.pattern is not None and is_release(arguments.pattern):
-        print(f"patterns: {model.patterns.source}", file=sys.stderr)
+    if attention.name in ("minference", "auto"):
+        said = model.patterns.described_for(model_name(arguments))
+        if said != model.patterns.source or (arguments.pattern is not None and is_release(arguments.pattern)):
+            print(f"patterns: {said}", file=sys.stderr)
     prompt = encode_prompt(model, text, arguments)
     with Steps(1, wants_bars(arguments.progress)) as steps, steps.step(f"read {len(prompt.tokens)} tokens"):
         prefilled = model.prefill(

@@ -66,6 +66,12 @@ def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:
     return attention_of(name, given, granularity)
 
 
+def check_granularity(model: LanguageModel, attention: ChosenAttention) -> None:
+    """Refuses, with ValueError, the model's patterns for another granularity before anything is computed."""
+    if attention.name in ("minference", "auto"):
+        model.patterns.check_granularity(attention.slash_granularity)
+
+
 def read_prompt(arguments: argparse.Namespace) -> str:
     """The text of --prompt or --prompt-file.
 

@@ -112,7 +112,7 @@ def record(
         "dtype": str(model.model.dtype),
         "tokens": len(prompt.tokens),
         "chat_template": prompt.is_chat,
-        "pattern": found.patterns.source,
+        "pattern": found.patterns.described_for(name),
         "slash_granularity": slash_granularity,
         "device": device_name(),
         "mass": float(found.mass.mean()),

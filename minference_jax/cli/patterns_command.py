@@ -26,6 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.model)
         patterns.check(config.num_layers, config.num_heads)
         fits = f", fits {arguments.model}"
+        if patterns.described_for(arguments.model) != patterns.source:
+            fits += f", searched for {patterns.model}"
+    if patterns.slash_granularity is not None:
+        fits += f", slash granularity {patterns.slash_granularity}"
     print(f"{arguments.file}: {patterns.num_layers} layers of {patterns.num_heads} heads{fits}")
     if arguments.action == "show":
         print("\n".join(table(patterns)))

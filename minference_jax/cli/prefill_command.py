@@ -11,7 +11,14 @@ from typing import Any
 import jax
 
 import minference_jax
-from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
+from minference_jax.cli.inputs import (
+    check_granularity,
+    choose_attention,
+    encode_prompt,
+    load_model,
+    model_name,
+    read_prompt,
+)
 from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.generate import LanguageModel
 from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, compare, device_name, steps_of
@@ -22,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compares and prints."""
     attention, text = choose_attention(arguments), read_prompt(arguments)
     model = load_model(arguments)
+    check_granularity(model, attention)
     prompt = encode_prompt(model, text, arguments)
     with Steps(steps_of(arguments.repeats), wants_bars(arguments.progress)) as steps:
         comparison = compare(
@@ -60,7 +68,9 @@ def record(
         "chat_template": prompt.is_chat,
         "attention": attention.name,
         "ran": "dense" if density is None else "sparse",
-        "pattern": model.patterns.source if attention.name in ("minference", "auto") else attention.description,
+        "pattern": model.patterns.described_for(name)
+        if attention.name in ("minference", "auto")
+        else attention.description,
         "slash_granularity": attention.slash_granularity,
         "implementation": sparse.implementation,
         **by_head,

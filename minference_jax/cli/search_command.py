@@ -92,7 +92,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
     has_levels = arguments.levels is None or len(arguments.levels) > 1
     may_be_dense = has_levels if arguments.dense_heads is None else arguments.dense_heads
     if arguments.published is not None and may_be_dense:
-        raise ValueError("--published needs --no-dense-heads: the published format has no name for a dense head")
+        raise ValueError(
+            "--published needs --no-dense-heads or --levels 1: the published format has no name for a dense head"
+        )
+    if arguments.published is not None and arguments.slash_granularity == "block":
+        raise ValueError("--published does not go with --slash-granularity block: that format has no place for it")
     slashes = [one for one in arguments.candidates or DEFAULT_CANDIDATES if isinstance(one, VerticalSlash)]
     if arguments.slash_granularity is not None and not slashes:
         raise ValueError("--slash-granularity goes with vertical_slash, which is not among --candidates")

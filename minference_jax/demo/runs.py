@@ -80,7 +80,7 @@ def first_attention(model: LanguageModel, tokens: int, implementation: str | Non
     """
     pays = model.pays_from(implementation=implementation)
     if pays is not None and pays <= tokens:
-        return attention_of("minference")
+        return attention_of("minference", slash_granularity=model.patterns.slash_granularity)
     size = max(1, round(tokens / 16 / _BLOCK)) * _BLOCK
     return attention_of("vertical_slash", {"vertical_size": size, "slash_size": size}, "block")
 

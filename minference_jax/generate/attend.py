@@ -105,7 +105,7 @@ def choose_attend(
         whole_prompt: whether the queries are those of whole prompts; False = they may follow others in the cache.
 
     Raises:
-        ValueError: an unknown name, or a pattern that does not belong to it.
+        ValueError: an unknown name, a pattern that does not belong to it, or patterns for another granularity.
     """
     if slash_granularity not in get_args(SlashGranularity):
         raise ValueError(f'{slash_granularity=} must be "line" or "block"')
@@ -121,6 +121,7 @@ def choose_attend(
             raise ValueError(f"attention='minference' takes ModelPatterns or None, got {pattern!r}")
         patterns = patterns if pattern is None else pattern
         patterns.check(*shape)
+        patterns.check_granularity(slash_granularity)
     else:
         kind = _UNIFORM[attention]
         if not isinstance(pattern, kind):

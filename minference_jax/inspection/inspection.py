@@ -92,6 +92,7 @@ def inspect_attention(
     """
     shape = model.config.num_layers, model.config.num_heads
     patterns = _patterns(model, pattern)
+    patterns.check_granularity(slash_granularity)
     for name, value in (("passage_size", passage_size), ("map_pixels", map_pixels)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

@@ -16,6 +16,7 @@ from minference_jax.patterns.heads import (
     PatternArrays,
     PatternKind,
     ScoreDirection,
+    SlashGranularity,
     VerticalSlash,
     uniform_patterns,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "PatternKind",
     "ResolvedPatterns",
     "ScoreDirection",
+    "SlashGranularity",
     "VerticalSlash",
     "choose_published",
     "read_patterns",

@@ -1,6 +1,7 @@
 """Pattern files: two formats, told apart by content.
 
 * ours, a JSON object, versioned: {"format": "minference-jax/patterns", "version": 1, "model": name or absent,
+  "source": how the patterns were made, or absent, "slash_granularity": "line" or "block", or absent,
   "score": {"name": ..., "direction": "higher_is_better" or "lower_is_better"} or null,
   "layers": [[{"kind": "vertical_slash", "vertical_size": 500, "slash_size": 700, "score": 0.9}, ...], ...]}
 * published, the JSON array of the MInference release: one object per layer; key = query-head index as a string;
@@ -93,13 +94,14 @@ def write_patterns(
 ) -> None:
     """Write a pattern file, replacing one that is there; a failed write leaves the old file as it was.
 
-    The published format says neither the model nor what the scores measure, so those are not in such a file. A head
+    The published format says neither the model, the source nor what the scores measure, so those are not in such a
+    file. It has no place for a granularity either: patterns that were searched for "block" are not written so. A head
     that has PUBLISHED_DEFAULT and no score is left out of it, which is how that format says it, unless nothing else
     would tell the number of heads.
 
     patterns: what to write. path: str or path of the file. format: "minference-jax" (all of it) or "published".
-    Raises: ValueError when format is neither, or a head is dense and format is "published", which has no name for
-    dense; OSError when the file cannot be written.
+    Raises: ValueError when format is neither, or it is "published" and a head is dense, for which that has no name, or
+    the patterns were searched for "block"; OSError when the file cannot be written.
     """
     if format == "minference-jax":
         content: object = _to_ours(patterns)
@@ -219,7 +221,10 @@ def _from_ours(content: dict[str, Any], source: str) -> ModelPatterns:
         raise ValueError(f"version={short_repr(version)} must be a positive integer")
     if version > FORMAT_VERSION:
         raise ValueError(f"version {short_repr(version)} needs a newer minference-jax: this one reads {FORMAT_VERSION}")
-    _check_fields(content, {"format", "version", "layers"}, {"model", "score"})
+    _check_fields(content, {"format", "version", "layers"}, {"model", "score", "source", "slash_granularity"})
+    made = content.get("source")
+    if made is not None and not (isinstance(made, str) and made):
+        raise ValueError(f"source={short_repr(made)} must be a text that says how the patterns were made")
     meaning: dict[str, Any] = {"name": None, "direction": None}
     if content.get("score") is not None:
         with at("score"):
@@ -245,7 +250,8 @@ def _from_ours(content: dict[str, Any], source: str) -> ModelPatterns:
         score_name=meaning["name"],
         score_direction=meaning["direction"],
         model=content.get("model"),
-        source=source,
+        slash_granularity=content.get("slash_granularity"),
+        source=source if made is None else f"{source} ({made})",
     )
 
 
@@ -269,11 +275,18 @@ def _to_ours(patterns: ModelPatterns) -> dict[str, Any]:
             if score is not None:
                 fields["score"] = score
     meaning = {"name": patterns.score_name, "direction": patterns.score_direction} if patterns.score_name else None
-    model = {} if patterns.model is None else {"model": patterns.model}
-    return {"format": FORMAT_NAME, "version": FORMAT_VERSION, **model, "score": meaning, "layers": layers}
+    facts = {
+        "model": patterns.model,
+        "source": patterns.source or None,
+        "slash_granularity": patterns.slash_granularity,
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    return {"format": FORMAT_NAME, "version": FORMAT_VERSION, **known, "score": meaning, "layers": layers}
 
 
 def _to_published(patterns: ModelPatterns) -> list[dict[str, list[Any]]]:
+    if patterns.slash_granularity == "block":
+        raise ValueError("the published format has no place for slash_granularity='block', which the patterns need")
     names = {type_: name for name, type_ in _PUBLISHED_NAMES.items()}
     rows: list[dict[str, list[Any]]] = []
     for i, layer in enumerate(patterns.layers):

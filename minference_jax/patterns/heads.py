@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
@@ -20,6 +22,7 @@ MAX_SIZE = 2**31 - 1  # sizes become int32 arrays
 MAX_LAYERS = MAX_HEADS = 1024  # more is a mistake, not a model: filled with defaults it would take the memory
 
 ScoreDirection: TypeAlias = Literal["higher_is_better", "lower_is_better"]
+SlashGranularity: TypeAlias = Literal["line", "block"]
 Int32Array: TypeAlias = "jax.Array | npt.NDArray[np.int32]"
 
 
@@ -135,6 +138,9 @@ class ModelPatterns:
     scores: L tuples of N numbers each, None where a head has no score; None when no head has one. Never compared.
     score_name, score_direction: what the scores measure and which way is better; both None when that is not known.
     model: name of the model that the patterns are for; None when that is not known.
+    slash_granularity: "line" or "block", what they were searched for, which vertical-slash heads must run with; None
+        when that is not known.
+    made_by: how they were made, in words, such as by which search; None when that is not known.
     source: what they were read from or made by, shown to users.
     Raises: ValueError when a field's type, length or value is wrong; it names the layer and the head.
     """
@@ -144,6 +150,8 @@ class ModelPatterns:
     score_name: str | None = None
     score_direction: ScoreDirection | None = None
     model: str | None = None
+    slash_granularity: SlashGranularity | None = None
+    made_by: str | None = None
     source: str = dataclasses.field(compare=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +160,10 @@ class ModelPatterns:
             check_score_meaning(self.score_name, self.score_direction)
         if self.model is not None and not (isinstance(self.model, str) and self.model):
             raise ValueError(f"model={short_repr(self.model)} must be a name or None")
+        if self.made_by is not None and not (isinstance(self.made_by, str) and self.made_by):
+            raise ValueError(f"made_by={short_repr(self.made_by)} must be a text or None")
+        if self.slash_granularity is not None and self.slash_granularity not in get_args(SlashGranularity):
+            raise ValueError(f'slash_granularity={short_repr(self.slash_granularity)} must be "line", "block" or None')
         if self.scores is not None:
             _check_table("scores", self.scores, check_score)
             if (len(self.scores), len(self.scores[0])) != (self.num_layers, self.num_heads):
@@ -211,6 +223,28 @@ class ModelPatterns:
             f"{num_layers} layers of {num_heads} heads: layer {layer}, head {head} {what}"
         )
 
+    def described_for(self, model: str) -> str:
+        """Give the source and, where that is another one than `model`, the name of the model that the patterns are for.
+
+        model: name or path, of which the last part counts, in any casing: patterns of one model may well be used with
+        another, such as a fine-tune of it, but users are to see it.
+        """
+        if self.model is None or _last_part(self.model) == _last_part(model):
+            return self.source
+        return f"{self.source}, searched for {self.model}"
+
+    def check_granularity(self, asked: str) -> None:
+        """Check that a call runs vertical-slash heads as they were searched for; asked: "line" or "block".
+
+        Raises: ValueError, in one sentence, when the patterns say another granularity.
+        """
+        if self.slash_granularity not in (None, asked):
+            raise ValueError(
+                f"{self.source}: patterns were searched for slash_granularity={self.slash_granularity!r}, the call "
+                f"asks for {asked!r}: give slash_granularity={self.slash_granularity!r}, on the command line "
+                f"--slash-granularity {self.slash_granularity}"
+            )
+
 
 def uniform_patterns(num_layers: int, num_heads: int, pattern: HeadPattern = DEFAULT_PATTERN) -> ModelPatterns:
     """Give every head of a model of num_layers layers of num_heads query heads the same pattern.
@@ -222,6 +256,10 @@ def uniform_patterns(num_layers: int, num_heads: int, pattern: HeadPattern = DEF
     with at("pattern"):
         _check_head(pattern)
     return ModelPatterns(layers=((pattern,) * num_heads,) * num_layers, source=f"{pattern} for every head")
+
+
+def _last_part(name: str) -> str:
+    return PurePath(os.path.abspath(name)).name.lower()
 
 
 @contextlib.contextmanager

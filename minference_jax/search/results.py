@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from minference_jax.index import SlashGranularity
 from minference_jax.patterns import Dense, HeadPattern, ModelPatterns, ScoreDirection
 
 SCORE_NAME = "relative_output_error"
@@ -167,7 +168,9 @@ def _losses(layers: Sequence[LayerResult]) -> np.ndarray:
     return np.where(np.isinf(error), np.inf, loss)
 
 
-def as_patterns(chosen: Chosen, *, model: str | None, source: str) -> ModelPatterns:
+def as_patterns(
+    chosen: Chosen, *, model: str | None, slash_granularity: SlashGranularity, source: str
+) -> ModelPatterns:
     """The choices of all layers, exactly as they were found, with their errors as scores."""
     return ModelPatterns(
         layers=tuple(tuple(one.patterns[head] for head, one in enumerate(row)) for row in chosen),  # type: ignore[misc]
@@ -175,5 +178,6 @@ def as_patterns(chosen: Chosen, *, model: str | None, source: str) -> ModelPatte
         score_name=SCORE_NAME,
         score_direction=SCORE_DIRECTION,
         model=model,
+        slash_granularity=slash_granularity,
         source=source,
     )

@@ -78,7 +78,8 @@ def search_patterns(
         finished: called with each layer that was searched.
 
     Returns:
-        SearchResult; its patterns have the error as score, "relative_output_error", lower is better.
+        SearchResult; its patterns have the error as score, "relative_output_error", lower is better, and say the
+        granularity and what they were searched on.
 
     Raises:
         ValueError: arguments that make no sense, prompts that the model can't read, a journal of another search, or a
@@ -118,7 +119,8 @@ def search_patterns(
     found = tuple(map(with_dense, kept.layers) if dense_heads else kept.layers)
     chosen = choose(found, allowed)
     source = f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
-    return SearchResult(as_patterns(chosen, model=name, source=source), found, chosen)
+    patterns = as_patterns(chosen, model=name, slash_granularity=slash_granularity, source=source)
+    return SearchResult(patterns, found, chosen)
 
 
 def _budgets(budget: float, levels: Sequence[float] | None) -> tuple[float, ...]:

@@ -264,7 +264,10 @@ def test_a_journal_of_another_search_or_of_other_weights_is_refused(model, journ
 
 def test_answers_are_written_as_they_are_in_both_formats(found, tmp_path):
     write_patterns(found.patterns, tmp_path / "ours.json")
-    assert read_patterns(tmp_path / "ours.json") == found.patterns
+    ours = read_patterns(tmp_path / "ours.json")
+    assert ours == found.patterns
+    assert ours.slash_granularity == "line"
+    assert ours.source.endswith("ours.json (search at 0.7 of dense attention's tiles on 2 prompts of up to 500 tokens)")
     write_patterns(found.patterns, tmp_path / "published.json", format="published")
     published = read_patterns(tmp_path / "published.json")
     assert (published.layers, published.scores) == (found.patterns.layers, found.patterns.scores)
