@@ -97,6 +97,7 @@ def test_our_format_is_read(tmp_path):
     assert (patterns.slash_granularity, patterns.source) == (None, str(tmp_path / "patterns.json"))  # an older file
     said = read_patterns(saved(tmp_path, ours_with(source="search at 0.3", slash_granularity="block")))
     assert said.slash_granularity == "block"
+    assert said.made_by == "search at 0.3"
     assert said.source == f"{tmp_path / 'patterns.json'} (search at 0.3)"
     write_patterns(said, tmp_path / "again.json")
     assert read_patterns(tmp_path / "again.json") == said

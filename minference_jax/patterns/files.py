@@ -251,6 +251,7 @@ def _from_ours(content: dict[str, Any], source: str) -> ModelPatterns:
         score_direction=meaning["direction"],
         model=content.get("model"),
         slash_granularity=content.get("slash_granularity"),
+        made_by=made,
         source=source if made is None else f"{source} ({made})",
     )
 
@@ -275,12 +276,8 @@ def _to_ours(patterns: ModelPatterns) -> dict[str, Any]:
             if score is not None:
                 fields["score"] = score
     meaning = {"name": patterns.score_name, "direction": patterns.score_direction} if patterns.score_name else None
-    facts = {
-        "model": patterns.model,
-        "source": patterns.source or None,
-        "slash_granularity": patterns.slash_granularity,
-    }
-    known = {name: value for name, value in facts.items() if value is not None}
+    known = {"model": patterns.model, "source": patterns.made_by, "slash_granularity": patterns.slash_granularity}
+    known = {name: value for name, value in known.items() if value is not None}
     return {"format": FORMAT_NAME, "version": FORMAT_VERSION, **known, "score": meaning, "layers": layers}
 
 

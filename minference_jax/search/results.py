@@ -169,7 +169,7 @@ def _losses(layers: Sequence[LayerResult]) -> np.ndarray:
 
 
 def as_patterns(
-    chosen: Chosen, *, model: str | None, slash_granularity: SlashGranularity, source: str
+    chosen: Chosen, *, model: str | None, slash_granularity: SlashGranularity, made_by: str
 ) -> ModelPatterns:
     """The choices of all layers, exactly as they were found, with their errors as scores."""
     return ModelPatterns(
@@ -179,5 +179,6 @@ def as_patterns(
         score_direction=SCORE_DIRECTION,
         model=model,
         slash_granularity=slash_granularity,
-        source=source,
+        made_by=made_by,
+        source=made_by,
     )

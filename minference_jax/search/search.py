@@ -118,8 +118,10 @@ def search_patterns(
         progress(num_layers * steps, num_layers * steps, "done")
     found = tuple(map(with_dense, kept.layers) if dense_heads else kept.layers)
     chosen = choose(found, allowed)
-    source = f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
-    patterns = as_patterns(chosen, model=name, slash_granularity=slash_granularity, source=source)
+    made_by = (
+        f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
+    )
+    patterns = as_patterns(chosen, model=name, slash_granularity=slash_granularity, made_by=made_by)
     return SearchResult(patterns, found, chosen)
 
 
