@@ -123,6 +123,11 @@ def _check_head(line: bytes, form: Format, settings: dict[str, Any] | None) -> N
     version = head.get("version")
     if type(version) is int and version > form.version:
         raise ValueError(f"version {version} needs a newer minference-jax: this one reads {form.version}")
+    if type(version) is int and 0 < version < form.version:
+        raise ValueError(
+            f"version {version} is of an older minference-jax, this one goes on with {form.version} only: remove it, "
+            "or name another file"
+        )
     if version != form.version or type(version) is not int:
         raise ValueError(f"version {short_repr(version)} must be {form.version}")
     check_fields(head, {"format": TEXT, "version": WHOLE, "settings": OBJECT})
@@ -169,6 +174,7 @@ TEXT = Check(lambda value: isinstance(value, str), "a text")
 WHOLE = Check(lambda value: type(value) is int and value >= 0, "an integer of at least 0")
 COUNT = Check(lambda value: type(value) is int and value >= 1, "an integer of at least 1")
 NUMBER = Check(_is_number, "a finite number")
+NOT_NEGATIVE = Check(lambda value: _is_number(value) and value >= 0, "a finite number of at least 0")
 SHARE = Check(lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 OBJECT = Check(lambda value: isinstance(value, dict), "an object")
 LIST = Check(lambda value: isinstance(value, list), "a list")

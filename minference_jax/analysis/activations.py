@@ -60,6 +60,8 @@ def read_layers(
         raise ValueError("at least one prompt is needed, got none")
     padded = []
     for index, prompt in enumerate(prompts):
+        if np.isscalar(prompt):
+            raise ValueError(f"prompt {index} must be a list of token ids, got {prompt!r}")
         try:
             padded.append(pad_prompts([prompt], **limits))
         except ValueError as error:

@@ -169,13 +169,20 @@ def _layouts(q, k, pattern, kv_len, settings, capacities) -> SparseLayout:
 
 @partial(jax.jit, static_argnames="last_share")
 def head_errors(out: Array, dense: Array, kv_len: Array, *, last_share: float = 0.0) -> tuple[Array, Array]:
-    """Mean squared error of each head's output, and the mean square of what it should be: float32 [N] each.
+    """Squared error of each head's output, and the square of what it should be: float32 [N] each.
+
+    Mean over the queries, weighted, of the sum over head_dim.
 
     Args:
         out, dense: [1, T, N, H], of sparse and of dense attention.
         kv_len: int32 [1]; rows beyond do not count.
         last_share: share of the weight, from 0 to 1, that the last `LAST_Q` queries have; all share the rest evenly.
+
+    Raises:
+        ValueError: last_share is below 0 or above 1.
     """
+    if not 0 <= last_share <= 1:
+        raise ValueError(f"{last_share=} must be from 0 to 1, a share of the weight")
     place, length = jnp.arange(out.shape[1]), kv_len[:, None]
     is_last = place >= length - LAST_Q
     weight = (1 - last_share) / length + is_last * last_share / jnp.minimum(length, LAST_Q)

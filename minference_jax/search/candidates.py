@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,19 +35,29 @@ each is made smaller or larger until it costs the budget."""
 _LEAST = {"vertical_size": MIN_VERTICALS, "slash_size": MIN_SLASHES}  # smaller ones run as these
 
 
-def check_candidates(candidates: Sequence[HeadPattern]) -> None:
-    """Refuses candidates that a search can't compare.
+def check_candidates(candidates: Iterable[HeadPattern]) -> tuple[HeadPattern, ...]:
+    """The candidates, where a search can compare them.
 
     Raises:
-        ValueError: there is none, one is twice there, one is dense or no pattern.
+        ValueError: there is none, two are one in kind and proportions, one is dense or no pattern.
     """
+    candidates = tuple(candidates) if isinstance(candidates, Iterable) else (candidates,)
     if not candidates:
         raise ValueError("at least one candidate is needed, got none")
     for index, candidate in enumerate(candidates):
         if type(candidate) not in KINDS or isinstance(candidate, Dense):
             raise ValueError(f"candidate {candidate!r} must be a VerticalSlash, an AShape or a BlockSparse")
-        if candidate in candidates[:index]:
-            raise ValueError(f"candidate {candidate} is given twice")
+        for other in candidates[:index]:
+            if candidate == other:
+                raise ValueError(f"candidate {candidate} is given twice")
+            if _proportions(candidate) == _proportions(other):
+                raise ValueError(f"candidate {candidate} has the proportions of {other}, which are all that counts")
+    return candidates
+
+
+def _proportions(candidate: HeadPattern) -> tuple[object, ...]:
+    sizes = vars(candidate).values()
+    return type(candidate), *(size // math.gcd(*sizes) for size in sizes)
 
 
 def limits_of(candidate: HeadPattern, size: int) -> dict[str, tuple[int, int]]:

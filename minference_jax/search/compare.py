@@ -12,7 +12,7 @@ from jax import Array
 
 from minference_jax.analysis import LayerActivations, SparseSettings, head_densities, head_errors, sparse_outputs
 from minference_jax.analysis.timing import dense_milliseconds, head_milliseconds
-from minference_jax.patterns import AShape, HeadPattern, PatternArrays
+from minference_jax.patterns import AShape, Dense, HeadPattern, PatternArrays, uniform_patterns
 from minference_jax.search.budget import Equalised, equalise
 from minference_jax.search.candidates import head_patterns
 from minference_jax.search.results import CandidateResult, LayerResult
@@ -34,14 +34,18 @@ class Comparison:
 
     Attributes:
         candidates: kinds and proportions.
-        budgets: of a head, as shares of dense attention; every candidate is compared at each.
+        budget: that was asked for, as a share of dense attention.
+        budgets: of a head, likewise, the levels; every candidate is compared at each.
+        dense_heads: whether heads may stay dense.
         cost: "tiles" or "time".
         settings: how attention runs.
         size: most tokens of a prompt.
     """
 
     candidates: tuple[HeadPattern, ...]
+    budget: float
     budgets: tuple[float, ...]
+    dense_heads: bool
     cost: Cost
     settings: SparseSettings
     size: int
@@ -53,7 +57,7 @@ class Comparison:
     def layer(
         self, index: int, activations: list[LayerActivations], told: Callable[[HeadPattern], None] = lambda _: None
     ) -> LayerResult:
-        """All candidates at all budgets in one layer.
+        """All candidates at all budgets in one layer, and dense attention where heads may have it.
 
         Args:
             index: of the layer.
@@ -61,7 +65,7 @@ class Comparison:
             told: called with each candidate before it is compared.
 
         Raises:
-            ValueError: nothing keeps within a budget at some head, or an output is not finite.
+            ValueError: there is nothing that some head may have, or an output is not finite.
             NotImplementedError, MemoryError: as `sparse_attention`.
         """
         dense = [dense_milliseconds(layer) for layer in activations] if self.cost == "time" else None
@@ -71,8 +75,30 @@ class Comparison:
             found = self._at_budget(activations, candidate, budget, dense)
             least = np.minimum(least, found.cost)
             results.append(self._result(index, activations, candidate, budget, found))
+        if self.dense_heads:
+            told(Dense())
+            results.append(self._dense(activations, dense))
         self._check_possible(index, results, least)
         return LayerResult(index, tuple(results), output_norms(activations))
+
+    def _dense(self, activations: list[LayerActivations], whole: list[float] | None) -> CandidateResult:
+        """Dense attention at every head, without error: it costs all tiles, or the time that it is measured to take.
+
+        whole: milliseconds of dense attention of all heads, for each prompt; None where tiles are counted.
+        """
+        count = activations[0].q.shape[2]
+        cost = np.ones(count)
+        if whole is not None:
+            arrays = PatternArrays(*(x[0] for x in uniform_patterns(1, count, Dense()).arrays()))
+            cost = self._time_shares(activations, arrays, whole)
+        heads, ones, zeros = (Dense(),) * count, (1.0,) * count, (0.0,) * count
+        return CandidateResult(Dense(), 1.0, heads, tuple(cost.tolist()), ones, zeros)
+
+    def _time_shares(self, activations: list[LayerActivations], sizes: PatternArrays, whole: list[float]) -> np.ndarray:
+        """Measured time of every head, over that of an average head of dense attention, mean over the prompts [N]."""
+        num_heads = activations[0].q.shape[2]
+        taken = [head_milliseconds(layer, sizes, self.settings) for layer in activations]
+        return np.mean([ms * num_heads / dense for ms, dense in zip(taken, whole, strict=True)], axis=0)
 
     def _at_budget(
         self, activations: list[LayerActivations], candidate: HeadPattern, budget: float, dense: list[float] | None
@@ -96,12 +122,10 @@ class Comparison:
         A head has the sizes that were measured nearest below the budget; one that is always above it, the fastest.
         dense: milliseconds of all heads, for each prompt.
         """
-        num_heads = activations[0].q.shape[2]
-        tiles, best = np.full(num_heads, budget), None
+        tiles, best = np.full(activations[0].q.shape[2], budget), None
         for _ in range(_TIME_ROUNDS):
             found = self._by_tiles(activations, candidate, np.minimum(tiles, 1.0))
-            taken = [head_milliseconds(layer, found.sizes, self.settings) for layer in activations]
-            cost = np.mean([ms * num_heads / whole for ms, whole in zip(taken, dense, strict=True)], axis=0)
+            cost = self._time_shares(activations, found.sizes, dense)
             found = found._replace(cost=cost, is_within=cost <= self.allowed(budget))
             best = found if best is None else _better(best, found)
             if (best.is_within & (best.cost >= (1 - TOLERANCE) * budget)).all():
@@ -136,21 +160,23 @@ class Comparison:
         return CandidateResult(candidate, budget, patterns, *columns)
 
     def _check_possible(self, index: int, results: list[CandidateResult], least: np.ndarray) -> None:
-        """Refuses a budget that nothing can keep at some head; least: the lowest cost of each head, within or not."""
+        """Refuses a budget that nothing can keep at a head that can't stay dense; least: its lowest sparse cost."""
         fits = np.array([[error is not None for error in one.error] for one in results]).any(axis=0)
         if fits.all():
             return
         head = int(np.flatnonzero(~fits)[0])
-        where, most = f"layer {index}, head {head}", f"{max(self.budgets):.3g}"
+        where, given, largest = f"layer {index}, head {head}", f"{self.budget:.3g}", max(self.budgets)
+        if largest != self.budget:
+            given += f" ({largest:.3g} at its largest level)"
         if self.cost == "time":
             raise ValueError(
                 f"{where}: sparse takes longer than the budget at this length: at {self.size:,} tokens the fastest "
-                f"candidate takes {least[head]:.2f} of dense attention's time, the budget is {most}: give longer "
+                f"candidate takes {least[head]:.2f} of dense attention's time, the budget is {given}: give longer "
                 f'prompts or a larger budget, or count tiles (cost="tiles")'
             )
         has_a_shape = any(isinstance(candidate, AShape) for candidate in self.candidates)
         raise ValueError(
-            f"{where}: every candidate costs more than the budget of {most}, at its least sizes {least[head]:.3f} of "
+            f"{where}: every candidate costs more than the budget of {given}, at its least sizes {least[head]:.3f} of "
             f"dense attention's tiles: give a larger budget{'' if has_a_shape else ', or an A-shape as a candidate'}"
         )
 

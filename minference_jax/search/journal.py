@@ -2,7 +2,7 @@
 
 A layer's line: {"layer": 0, "output_norms": [...], "candidates": [{"candidate": {"kind": ..., sizes}, "budget": 0.3,
 "patterns": [...], "cost": [...], "density": [...], "error": [...]}, ...]}, with null for a head at which a candidate
-can't keep within the budget.
+can't keep within the budget. Where heads may stay dense, the last candidate is dense attention.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from reprlib import repr as short_repr
 from typing import Any
 
 from minference_jax import journal
-from minference_jax.journal import LIST, NUMBER, OBJECT, WHOLE, Check, check_fields, list_of, or_null
+from minference_jax.journal import LIST, NOT_NEGATIVE, NUMBER, OBJECT, WHOLE, Check, check_fields, list_of, or_null
 from minference_jax.patterns import HeadPattern
 from minference_jax.patterns.heads import KINDS
 from minference_jax.search.results import CandidateResult, LayerResult
 
-FORMAT = journal.Format("minference-jax/search", 1, "a search")
+FORMAT = journal.Format("minference-jax/search", 2, "a search")
 _TYPES = {kind.name.lower(): type_ for type_, kind in KINDS.items()}
+_DENSE = {"kind": "dense"}
 _COLUMNS = ("cost", "density", "error")
 
 
@@ -31,7 +32,8 @@ class Journal:
 
     Args:
         path: of the file; None = nothing is kept, and every search begins anew.
-        settings: JSON object of all that the result depends on, with num_layers, num_heads, candidates and budgets.
+        settings: JSON object of all that the result depends on, with num_layers, num_heads, candidates,
+            budgets and dense_heads.
 
     Attributes:
         layers: the layers that are finished already.
@@ -74,10 +76,12 @@ def _layer_fields(layer: LayerResult) -> dict[str, Any]:
 def _layer(fields: dict[str, Any], index: int, settings: Mapping[str, Any]) -> LayerResult:
     """A layer of a line; raises ValueError where it is not the next one of a search with these settings."""
     heads = settings["num_heads"]
-    check_fields(fields, {"layer": WHOLE, "output_norms": list_of(NUMBER, heads), "candidates": LIST})
+    check_fields(fields, {"layer": WHOLE, "output_norms": list_of(NOT_NEGATIVE, heads), "candidates": LIST})
     if fields["layer"] != index:
         raise ValueError(f"layer={fields['layer']} must be {index}: layers follow one another")
     asked = list(itertools.product(settings["candidates"], settings["budgets"]))
+    if settings["dense_heads"]:
+        asked.append((_DENSE, 1.0))
     if len(fields["candidates"]) != len(asked):
         raise ValueError(f"it has {len(fields['candidates'])} results, the settings ask for {len(asked)}")
     found = [_result(one, *what, heads) for one, what in zip(fields["candidates"], asked, strict=True)]
@@ -85,8 +89,9 @@ def _layer(fields: dict[str, Any], index: int, settings: Mapping[str, Any]) -> L
 
 
 def _result(fields: object, candidate: dict[str, Any], budget: float, heads: int) -> CandidateResult:
-    checks = {"candidate": OBJECT, "budget": NUMBER, "patterns": list_of(or_null(OBJECT), heads)}
-    check_fields(fields, checks | dict.fromkeys(_COLUMNS, list_of(or_null(NUMBER), heads)))
+    may_miss = (lambda check: check) if candidate == _DENSE else or_null  # dense attention can always be had
+    checks = {"candidate": OBJECT, "budget": NUMBER, "patterns": list_of(may_miss(OBJECT), heads)}
+    check_fields(fields, checks | dict.fromkeys(_COLUMNS, list_of(may_miss(NOT_NEGATIVE), heads)))
     known: Any = fields
     for name, wanted in (("candidate", candidate), ("budget", budget)):
         if known[name] != wanted:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from minference_jax.index import SlashGranularity
-from minference_jax.patterns import Dense, HeadPattern, ModelPatterns, ScoreDirection
+from minference_jax.patterns import HeadPattern, ModelPatterns, ScoreDirection
 
 SCORE_NAME = "relative_output_error"
 SCORE_DIRECTION: ScoreDirection = "lower_is_better"
@@ -40,7 +40,8 @@ class LayerResult(NamedTuple):
 
     Attributes:
         layer: index, from 0.
-        candidates: in the order of the search; behind them dense attention, where heads may stay dense.
+        candidates: in the order of the search; behind them dense attention, where heads may stay dense: it has no
+            error, and costs 1 by tiles, by time what it was measured to take.
         output_norms: N numbers, norm of dense attention's output over all prompts: what a head's error is weighted
             with, and what tells another model or other prompts apart when a search goes on.
     """
@@ -67,16 +68,8 @@ class SearchResult(NamedTuple):
     chosen: Chosen
 
 
-def with_dense(layer: LayerResult) -> LayerResult:
-    """The layer with dense attention as one more result of every head: it costs 1 and has no error."""
-    count = len(layer.output_norms)
-    ones, zeros = (1.0,) * count, (0.0,) * count
-    dense = CandidateResult(Dense(), 1.0, (Dense(),) * count, cost=ones, density=ones, error=zeros)
-    return layer._replace(candidates=(*layer.candidates, dense))
-
-
 def choose(layers: Sequence[LayerResult], budget: float) -> Chosen:
-    """The result that each head of each layer is to have: the least loss in all at a mean cost within the budget.
+    """The result that each head of each layer is to have: little loss in all at a mean cost within the budget.
 
     A head's loss is its squared error as a share of the layer's output: (error * output_norm)^2 over the sum of the
     squared output norms of the layer. Summed over the heads it is the squared error of the layer, relative to dense.
@@ -84,7 +77,7 @@ def choose(layers: Sequence[LayerResult], budget: float) -> Chosen:
     Where the best result of every head keeps the mean cost within the budget, these are chosen; of equal ones the
     first. Else cost is given a price, the same for all heads, and each takes the result whose loss + price * cost is
     least: the higher the price, the less they all cost. The price is the lowest that keeps the mean cost within the
-    budget.
+    budget. No other choice at that cost or less has less loss; one that uses what it leaves of the budget may have.
 
     Args:
         layers: one or more.
@@ -145,7 +138,10 @@ def check_affordable(layers: Sequence[LayerResult], budget: float, num_layers: i
 
 
 def _too_dear(cost: float, budget: float) -> str:
-    return f"the cheapest results cost {cost:.3f} in the mean, more than {budget=:.3f}: give a lower level, too"
+    return (
+        f"the cheapest results cost {cost:.3f} in the mean, more than {budget=:.3g}: "
+        "give a larger budget, a lower level, too, or longer prompts"
+    )
 
 
 _MOST_PRICE, _PRICE_STEPS = 1e12, 60

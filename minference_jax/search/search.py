@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ from minference_jax.patterns.heads import KINDS
 from minference_jax.search.candidates import DEFAULT_CANDIDATES, check_candidates
 from minference_jax.search.compare import LAST_SHARE, TOLERANCE, Comparison, Cost, output_norms
 from minference_jax.search.journal import Journal, pattern_fields
-from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose, with_dense
+from minference_jax.search.results import LayerResult, SearchResult, as_patterns, check_affordable, choose
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,13 +61,14 @@ def search_patterns(
     Args:
         model: with its weights; where these are, the search runs.
         prompts: token ids of each calibration prompt, of any lengths. Each ends in what it asks: its last 64 queries
-            have half of its error's weight, all queries share the other half.
+            have half of its error's weight, all queries share the other half. Each prompt counts alike, long or short.
         budget: what heads may cost in the mean, as a share of dense attention, above 0 and below 1; over several
             prompts the mean.
         levels: budgets that a head may get, as multiples of `budget`, the least at most 1. Several: heads that need
             more get more, and the mean over all heads keeps the budget; it takes as many times as long. (1.0,): all
             heads cost the same, as in the paper. None = 0.5, 1 and 2, without 2 where that is all of dense or more.
-        dense_heads: whether heads that need it may stay dense, which costs 1. None = with several levels.
+        dense_heads: whether heads that need it may stay dense, which costs 1, or by time what it is measured to take.
+            None = with several levels.
         cost: "tiles" = the work of the computed tiles (density); "time" = measured time of attention on this device.
         candidates: kinds with proportions of sizes; None of them may be dense.
         slash_granularity: "line" or "block", with which the patterns are to run.
@@ -78,8 +80,8 @@ def search_patterns(
         finished: called with each layer that was searched.
 
     Returns:
-        SearchResult; its patterns have the error as score, "relative_output_error", lower is better, and say the
-        granularity and what they were searched on.
+        SearchResult; its patterns have the error, weighted so, as score, "relative_output_error", lower is better, and
+        say the granularity and what they were searched on.
 
     Raises:
         ValueError: arguments that make no sense, prompts that the model can't read, a journal of another search, or a
@@ -90,20 +92,29 @@ def search_patterns(
 
     Source: arXiv 2407.02490, section 3.2 and algorithm 1. Costs are counted on real tiles, errors on the output.
     """
-    check_candidates(candidates)
-    if not (isinstance(budget, int | float) and 0 < budget < 1):
-        raise ValueError(f"{budget=} must be above 0 and below 1, a share of dense attention's cost")
-    budgets = _budgets(budget, levels)
+    candidates = check_candidates(candidates)
+    budgets = level_budgets(budget, levels)
+    if not isinstance(dense_heads, bool | None):
+        raise ValueError(f"{dense_heads=} must be True, False or None")
     dense_heads = len(budgets) > 1 if dense_heads is None else dense_heads
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"{name=} must be the name of a model or None")
     if cost not in get_args(Cost):
         raise ValueError(f'{cost=} must be "tiles" or "time"')
     settings = settings_for(model, slash_granularity=slash_granularity, implementation=implementation)
     layers = read_layers(model, prompts)
     search = Comparison(
-        candidates=tuple(candidates), budgets=budgets, cost=cost, settings=settings, size=max(map(len, prompts))
+        candidates=candidates,
+        budget=float(budget),
+        budgets=budgets,
+        dense_heads=dense_heads,
+        cost=cost,
+        settings=settings,
+        size=max(map(len, prompts)),
     )
     kept = Journal(journal, _described(model, prompts, search, name))
-    num_layers, steps, allowed = model.config.num_layers, len(candidates) * len(budgets), search.allowed(budget)
+    num_layers, allowed = model.config.num_layers, search.allowed(search.budget)
+    steps = len(candidates) * len(budgets) + dense_heads
     for index, activations in enumerate(layers):
         if index < len(kept.layers):
             _check_same(kept.layers[index], activations)
@@ -112,27 +123,39 @@ def search_patterns(
             kept.add(search.layer(index, activations, told))
             check_affordable(kept.layers, allowed, num_layers)
             if finished is not None:
-                finished(with_dense(kept.layers[-1]) if dense_heads else kept.layers[-1])
+                finished(kept.layers[-1])
         activations.clear()  # else they would lie beside those of the next layer
     if progress is not None:
         progress(num_layers * steps, num_layers * steps, "done")
-    found = tuple(map(with_dense, kept.layers) if dense_heads else kept.layers)
-    chosen = choose(found, allowed)
+    chosen = choose(kept.layers, allowed)
     made_by = (
         f"search at {budget:g} of dense attention's {cost} on {len(prompts)} prompts of up to {search.size} tokens"
     )
     patterns = as_patterns(chosen, model=name, slash_granularity=slash_granularity, made_by=made_by)
-    return SearchResult(patterns, found, chosen)
+    return SearchResult(patterns, tuple(kept.layers), chosen)
 
 
-def _budgets(budget: float, levels: Sequence[float] | None) -> tuple[float, ...]:
+def level_budgets(budget: float, levels: Iterable[float] | None) -> tuple[float, ...]:
+    """The budgets at which candidates are compared.
+
+    Args:
+        budget, levels: as in `search_patterns`.
+
+    Raises:
+        ValueError: they make no sense.
+    """
+    if not (isinstance(budget, Real) and 0 < budget < 1):
+        raise ValueError(f"{budget=} must be above 0 and below 1, a share of dense attention's cost")
     if levels is None:
         levels = [level for level in DEFAULT_LEVELS if budget * level < 1]
-    budgets = tuple(budget * level for level in levels)
+    levels = list(levels) if isinstance(levels, Iterable) else [levels]
+    if not all(isinstance(level, Real) for level in levels):
+        raise ValueError(f"{levels=} must be numbers, multiples of {budget=}")
+    budgets = tuple(float(budget) * float(level) for level in levels)
     if not budgets or len(set(budgets)) < len(budgets) or not all(0 < one < 1 for one in budgets):
-        raise ValueError(f"levels={list(levels)} must be different multiples of {budget=}, each above 0 and below 1")
+        raise ValueError(f"{levels=} must be different multiples of {budget=}, each above 0 and below 1")
     if min(levels) > 1:
-        raise ValueError(f"levels={list(levels)} must begin at 1 or less: above it no mean keeps the budget")
+        raise ValueError(f"{levels=} must begin at 1 or less: above it no mean keeps the budget")
     return budgets
 
 
@@ -170,6 +193,7 @@ def _described(model: LanguageModel, prompts: Sequence[Tokens], search: Comparis
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "prompt_tokens_sha256": tokens,
         "budgets": list(search.budgets),
+        "dense_heads": search.dense_heads,
         "cost": search.cost,
         "tolerance": TOLERANCE,
         "last_share": LAST_SHARE,

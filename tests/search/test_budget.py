@@ -78,6 +78,8 @@ def test_sizes_stay_where_they_mean_something():
         ([Dense()], "must be a VerticalSlash, an AShape or a BlockSparse"),
         (["a_shape"], "must be a VerticalSlash, an AShape or a BlockSparse"),
         ([KINDS[0], KINDS[1], KINDS[0]], "is given twice"),
+        ([KINDS[0], AShape(sink_size=1, window_size=4)], "has the proportions of AShape.sink_size=1024"),
+        ([BlockSparse(num_blocks=7), BlockSparse(num_blocks=8)], "has the proportions of BlockSparse"),
     ],
 )
 def test_candidates_that_can_not_be_compared_are_refused(candidates, sentence):
