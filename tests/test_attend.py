@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from minference_jax.generate.attend import choose_attend, resolve_auto
+from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
 from minference_jax.implementations import IMPLEMENTATIONS
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, uniform_patterns
 
@@ -45,6 +45,19 @@ def test_auto_asks_for_longer_prompts_where_some_heads_are_dense_and_for_none_wh
     assert resolve_auto(None, patterns=quarter, length=pays - 1, **how) == ("dense", None)
     assert resolve_auto(None, patterns=quarter, length=pays, **how) == ("minference", None)
     assert resolve_auto(None, patterns=half, length=1 << 30, **how) == ("dense", None)
+
+
+def test_the_length_from_which_sparse_pays_grows_without_a_jump_as_heads_become_dense():
+    small = VerticalSlash(vertical_size=1, slash_size=1)  # so that the implementation's break-even counts
+    found = []
+    for dense in range(513):
+        patterns = ModelPatterns(layers=((small,) * (1024 - dense) + (Dense(),) * dense,), source="")
+        found.append(pays_from(patterns, TRITON))
+    assert found[0] == TRITON.break_even
+    assert found[256] == 2 * TRITON.break_even
+    assert found[511] == 512 * TRITON.break_even
+    assert found[512] is None
+    assert found[:512] == sorted(found[:512])
 
 
 def test_auto_judges_the_patterns_that_the_call_brings():

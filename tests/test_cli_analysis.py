@@ -11,7 +11,8 @@ from small_models import NUM_HEADS, NUM_LAYERS, write_model
 from minference_jax import AShape, VerticalSlash, calibration_prompts, load, read_patterns, search_patterns
 from minference_jax.cli import main, search_command
 from minference_jax.cli.values import head_pattern
-from minference_jax.search import CandidateResult, LayerResult, compare
+from minference_jax.patterns import uniform_patterns
+from minference_jax.search import CandidateResult, LayerResult, SearchResult, compare
 
 TEXT = "The quick brown fox jumps over the lazy dog while it rains on the plain. " * 6
 SEARCH = (
@@ -31,6 +32,7 @@ def run(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT[:430])
     (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "folder.png").mkdir()
 
     def runs(command, *more):
         words = [str(model) if word == "MODEL" else word for word in (*command.split(), *more)]
@@ -38,7 +40,7 @@ def run(model, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
-    runs.model = model
+    runs.model, runs.folder = model, tmp_path
     return runs
 
 
@@ -215,6 +217,15 @@ def test_inspect_prints_tables_and_draws(run, tmp_path):
         ("search out.json --prompt-file absent.txt", "absent.txt: No such file or directory"),
         ("search out.json --model MODEL --prompt-file empty.txt", "empty.txt is empty"),
         ("search nowhere/out.json", "nowhere is no folder"),
+        ("search .", ". is a folder: name a file"),
+        ("search /", "/ is a folder: name a file"),
+        ("search out.json --levels 1 1", "levels=[1.0, 1.0] must be different multiples of budget=0.3"),
+        ("search out.json --model nowhere --levels 4", "each above 0 and below 1"),
+        ("search out.json --model nowhere --candidates a_shape:1,4 a_shape:1,4", "is given twice"),
+        ("search out.json --model nowhere --candidates a_shape:1,4 a_shape:2,8", "has the proportions of AShape(sink"),
+        ("search out.json --model MODEL --length 3", "length=3 is too short, the shortest takes "),
+        ("inspect --prompt x --model nowhere --heat-maps folder.png", "folder.png is a folder: name a file"),
+        ("inspect --prompt x --model nowhere --head-map 0,0 absent/a.png", "absent is no folder, so a.png can't"),
         ("search text.txt", "text.txt exists"),
         ("search out.json --model MODEL --length 999", "longer than the 512 that the model can read"),
         ("search out.json --levels 1 --published out.json.journal", "is the journal of the output: name another file"),
@@ -242,9 +253,39 @@ def test_users_mistake_is_one_sentence_and_exit_code_2(run, command, sentence):
 
 
 def test_a_budget_that_nothing_keeps_is_said_after_the_first_layer(run):
-    code, out, err = run("search out.json --model MODEL --budget 0.1 --candidates vertical_slash:4,1")
+    command = "search out.json --model MODEL --budget 0.1 --candidates vertical_slash:4,1"
+    code, out, err = run(f"{command} --no-dense-heads")
     assert (code, len(out.splitlines())) == (2, 1)
-    assert "layer 0, head 0: every candidate costs more than the budget" in err
+    assert "layer 0, head 0: every candidate costs more than the budget of 0.1 (0.2 at its largest level)" in err
+    (run.folder / "out.json.journal").unlink()
+    code, out, err = run(command)
+    assert (code, len(out.splitlines())) == (2, 1)
+    assert "1 of 2 layers: the cheapest results cost 1.000 in the mean, more than budget=0.1: give" in err
+
+
+def test_an_output_without_a_name_and_one_that_can_not_be_written_are_refused(run, monkeypatch):
+    assert run("search", "")[::2] == (2, "minference-jax: error: '' is no name of a file: name one\n")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for command in ("search out.json", "inspect --prompt x --model nowhere --heat-maps a.svg"):
+        code, out, err = run(command)
+        assert (code, out) == (2, "")
+        assert "nothing can be written in .: name a file elsewhere" in err
+
+
+def test_a_search_with_a_budget_too_small_for_its_prompts_says_so(run):
+    a_shape = AShape(sink_size=1, window_size=4)
+
+    def found(error):
+        one = [CandidateResult(a_shape, 0.15, (None,), (None,), (None,), (None,))]
+        one.append(CandidateResult(a_shape, 0.3, (a_shape,), (0.3,), (0.3,), (error,)))
+        return SearchResult(uniform_patterns(1, 1), (LayerResult(0, tuple(one), (1.0,)),), ((one[1],),))
+
+    assert "no candidate keeps within 0.15 at any head" in search_command.summary(found(0.1))
+    assert "keeps within 0.3" not in search_command.summary(found(0.1))
+    assert "too small" not in search_command.summary(found(0.2))
+    assert "the mean error is above 0.2: for prompts this short the budget is too small" in search_command.summary(
+        found(0.21)
+    )
 
 
 def test_pictures_are_refused_before_anything_is_computed_where_they_can_not_be_drawn(run, monkeypatch):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from minference_jax.bench.records import append
 from minference_jax.cli.evaluate_contenders import Choice, choose_contenders, with_patterns
 from minference_jax.cli.inputs import load_model, model_name, read_text
+from minference_jax.cli.outputs import check_output
 from minference_jax.cli.progress import wants_bars
 from minference_jax.evaluate import (
     INFINITEBENCH_TASKS,
@@ -134,17 +135,23 @@ def check_options(arguments: argparse.Namespace) -> None:
             raise ValueError("--whole-prompts goes with --questions or --data: else no two questions share a context")
         if from_files:
             return
+        for task in arguments.tasks or ():
+            if task in INFINITEBENCH_TASKS and task not in SYNTHETIC:
+                raise ValueError(f"{task} is not made anew: give --data FOLDER, in which {task}.jsonl is")
     if arguments.suite == "ruler":
         tasks = arguments.tasks or NO_CORPUS
         for option, users in (("text", ESSAY), ("squad", QA[:1]), ("hotpotqa", QA[1:])):
-            if getattr(arguments, option) is not None and not set(users) & set(tasks):
+            asked = [task for task in tasks if task in users]
+            if getattr(arguments, option) is not None and not asked:
                 raise ValueError(f"--{option} is for {', '.join(users)}, none of which is among --tasks")
+            if getattr(arguments, option) is None and asked:
+                raise ValueError(f"{asked[0]} is made from a file that you have: give --{option} FILE")
     if hasattr(arguments, "seed") and arguments.seed is None:
         arguments.seed = _SEED
 
 
 def _check_paths(arguments: argparse.Namespace, choices: Sequence[Choice]) -> None:
-    """Refuses outputs that are one file, are also read, or are folders."""
+    """Refuses outputs that are one file, are also read, or can't be written."""
     outputs = {f"--{name}": getattr(arguments, name) for name in ("output", "summary", "plot")}
     inputs = {
         f"--{name}": getattr(arguments, name, None) for name in ("text", "template", "squad", "hotpotqa", "tiles")
@@ -156,8 +163,10 @@ def _check_paths(arguments: argparse.Namespace, choices: Sequence[Choice]) -> No
     given = {name: Path(path).resolve() for name, path in outputs.items() if path is not None}
     read = {name: Path(path).resolve() for name, path in inputs.items() if path not in (None, "-")}
     for place, (name, path) in enumerate(given.items()):
-        if path.is_dir():
-            raise ValueError(f"{name} {outputs[name]} is a folder: name a file")
+        try:
+            check_output(outputs[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         for other, same in [*list(given.items())[:place], *read.items()]:
             if path == same:
                 raise ValueError(f"{other} and {name} are both {outputs[name]}: name another file")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
+from minference_jax.cli.outputs import check_output
 from minference_jax.cli.patterns_command import describe
 from minference_jax.cli.progress import StepsDone, wants_bars
 from minference_jax.cli.values import layer_and_head
@@ -62,8 +63,7 @@ def _check_pictures(paths: list[str]) -> None:
         if Path(path).resolve() in [Path(other).resolve() for other in paths[:index]]:
             raise ValueError(f"{path} is named for two pictures: name another file")
         check_picture(path)
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{Path(path).parent} is no folder, so {Path(path).name} can't be written there")
+        check_output(path)
 
 
 def _head(text: str) -> tuple[int, int]:

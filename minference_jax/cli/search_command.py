@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from minference_jax.analysis import activation_bytes
 from minference_jax.cli.inputs import encode_prompt, load_model, model_name, read_text
+from minference_jax.cli.outputs import check_output
 from minference_jax.cli.progress import StepsDone, wants_bars
 from minference_jax.generate import LanguageModel
 from minference_jax.patterns import VerticalSlash, write_patterns
@@ -26,6 +26,11 @@ from minference_jax.search import (
     least_cost,
     search_patterns,
 )
+from minference_jax.search.candidates import check_candidates
+from minference_jax.search.search import level_budgets
+
+_POOR = 0.2
+"""Mean error above which a budget is called too small: sparse heads then miss a fifth of their output's norm."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, NotImplementedError, MemoryError, OSError: as `search_patterns`; options that do not go together;
             the output exists.
     """
+    check_output(arguments.output, replaces=True)
     output = Path(arguments.output)
     journal = output.with_name(f"{output.name}.journal")
     _check_options(arguments)
@@ -79,7 +85,7 @@ def _part(journal: Path) -> Path:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Refuses options that would be read by nothing."""
+    """Refuses options that would be read by nothing, and what the search would refuse when the model is loaded."""
     if arguments.prompt_file is None:
         given = ("question", "max_prompt_tokens")
         foreign = [name for name in given if getattr(arguments, name) is not None]
@@ -97,23 +103,21 @@ def _check_options(arguments: argparse.Namespace) -> None:
         )
     if arguments.published is not None and arguments.slash_granularity == "block":
         raise ValueError("--published does not go with --slash-granularity block: that format has no place for it")
-    slashes = [one for one in arguments.candidates or DEFAULT_CANDIDATES if isinstance(one, VerticalSlash)]
+    level_budgets(arguments.budget, arguments.levels)
+    candidates = check_candidates(arguments.candidates or DEFAULT_CANDIDATES)
+    slashes = [one for one in candidates if isinstance(one, VerticalSlash)]
     if arguments.slash_granularity is not None and not slashes:
         raise ValueError("--slash-granularity goes with vertical_slash, which is not among --candidates")
 
 
 def _check_files(arguments: argparse.Namespace, output: Path, journal: Path) -> None:
     """Whether every file can be written at the end, and over nothing that is to stay, before hours of work."""
+    if arguments.published is not None:
+        check_output(arguments.published, replaces=True)
     published = [] if arguments.published is None else [Path(arguments.published)]
     for path in (output, *published):
         if path.exists() and not arguments.overwrite:
             raise ValueError(f"{path} exists: name another file, or give --overwrite")
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name a file")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is no folder, so {path.name} can't be written there")
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"nothing can be written in {path.parent}: name a file elsewhere")
     begun = _part(journal)
     read = [*(arguments.prompt_file or []), *([] if arguments.tiles is None else [arguments.tiles])]
     taken = [(output, "the output itself"), *((one, "the journal of the output") for one in (journal, begun))]
@@ -157,7 +161,7 @@ def needs(model: LanguageModel, prompts: list[list[int]]) -> str:
 
 
 def summary(found: SearchResult) -> str:
-    """How often each kind was chosen, and the mean error beside that of each candidate for all heads."""
+    """How often each kind was chosen, the mean error beside that of each candidate for all heads, and warnings."""
     lines = [
         f"all layers: {_described(found.chosen)}",
         "one candidate for all heads:",
@@ -171,7 +175,20 @@ def summary(found: SearchResult) -> str:
             lines.append(f"{name:36} over the budget at {errors.count(None)} heads")
         else:
             lines.append(f"{name:36} error {statistics.fmean(errors):.4f}, cost {statistics.fmean(costs):.3f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warnings(found)])
+
+
+def _warnings(found: SearchResult) -> list[str]:
+    """Which levels fitted no head, and whether what was chosen is far from dense attention."""
+    fits: dict[float, bool] = {}
+    for one in (one for layer in found.layers for one in layer.candidates):
+        fits[one.budget] = fits.get(one.budget, False) or any(error is not None for error in one.error)
+    lines = [f"no candidate keeps within {budget:g} at any head" for budget, some in fits.items() if not some]
+    error = statistics.fmean(one.error[head] for row in found.chosen for head, one in enumerate(row))
+    if error > _POOR:
+        lines.append(f"the mean error is above {_POOR:g}: for prompts this short the budget is too small, since tiles")
+        lines[-1] += " of 64 by 64 tokens count whole; give a larger budget or longer prompts"
+    return lines
 
 
 def _described(chosen: Sequence[Sequence[CandidateResult]]) -> str:

@@ -62,7 +62,7 @@ def _why_slower(state: RunState) -> str:
     if found.density is None:
         why = "Dense attention ran twice: sparse attention is not expected to pay at this length."
     if least is None:
-        why += " With so many dense heads it is not expected to pay at any length."
+        why += " With half or more of the heads dense it is not expected to pay."
     elif least > state.tokens:
         why += f" As a rule of thumb it pays from about {least:,} tokens on this device, with these patterns."
     return f'<div class="facts">{escape(why)}</div>'

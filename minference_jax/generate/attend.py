@@ -36,7 +36,8 @@ attention where it is not, exact attention, or one pattern for every head."""
 
 _PAYS_FROM, _PAYS_BELOW = 8, 0.5
 """Prompts this many times as long as what an average head asks for: slashes come in runs with gaps, and tiles cover two
-to three times what was asked. They then are this share of dense attention's, and dense heads are a part of it."""
+to three times what was asked. They then are this share of dense attention's. Dense heads are a part of it: what the
+others save shrinks to nothing as the share of dense heads grows to that, and lengths grow in the same measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,8 @@ def pays_from(patterns: ModelPatterns, implementation: Implementation) -> int | 
         implementation: what would run sparse attention.
 
     Returns:
-        None where so many heads are dense that it never is.
+        None where half of the heads or more are dense: the rule then expects it at no length. The more are, the longer
+        the prompt must be.
     """
     sizes = patterns.arrays()
     kinds = PatternKind
@@ -182,4 +184,4 @@ def pays_from(patterns: ModelPatterns, implementation: Implementation) -> int | 
     saved = 1 - float((sizes.kind == kinds.DENSE).mean()) / _PAYS_BELOW
     if saved <= 0:
         return None
-    return max(implementation.break_even, math.ceil(_PAYS_FROM * float(asked.mean()) / saved))
+    return math.ceil(max(implementation.break_even, _PAYS_FROM * float(asked.mean())) / saved)

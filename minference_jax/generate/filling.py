@@ -7,9 +7,15 @@ from collections.abc import Callable
 
 
 def most_that_fit(
-    tokens: Callable[[int], int], length: int, *, least: int = 1, most: int | None = None, what: str
+    tokens: Callable[[int], int],
+    length: int,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    what: str,
+    shortest: str = "prompt and its answer take",
 ) -> int:
-    """The largest number of units whose prompt and answer have no more than `length` tokens.
+    """The largest number of units whose prompt, and answer where there is one, have no more than `length` tokens.
 
     Args:
         tokens: how many tokens a number of units makes, more for more.
@@ -17,12 +23,13 @@ def most_that_fit(
         least: units that there must be.
         most: units that there are; None = any number.
         what: is to be filled, for messages.
+        shortest: what it is that takes tokens, for messages.
 
     Raises:
         ValueError: `least` are too many, or all there are fill less than `length`.
     """
     if tokens(least) > length:
-        raise ValueError(f"{what}: {length=} is too short, the shortest prompt and its answer take {tokens(least)}")
+        raise ValueError(f"{what}: {length=} is too short, the shortest {shortest} {tokens(least)}")
     fits = high = least
     while high == fits:
         if high == most:

@@ -246,7 +246,7 @@ class LanguageModel:
             implementation: as in `prefill`.
 
         Returns:
-            None where so many heads are dense that it never is.
+            None where half of the heads or more are dense: the rule then expects it at no length.
 
         Raises:
             ValueError, NotImplementedError: as in `prefill`.

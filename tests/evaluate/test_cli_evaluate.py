@@ -201,8 +201,18 @@ def test_patterns_of_a_folder_are_those_for_the_model(model, folder, tmp_path):
         ("niah --text prose.txt --attentions minference minference", "contenders must have names of their own"),
         ("niah --text prose.txt --plot map.xyz", "map.xyz: a picture's name ends in one of"),
         ("ruler --tasks niah --model MODEL", "task 'niah' is not one of niah_single_1"),
-        ("ruler --tasks qa_1 --model MODEL --lengths 900", "qa_1 needs the data set's own file: give squad"),
-        ("infinitebench --tasks code_debug --model MODEL", "task 'code_debug' is not one of passkey"),
+        ("ruler --tasks qa_1 --model MODEL --lengths 900", "qa_1 is made from a file that you have: give --squad FILE"),
+        ("ruler --tasks niah_single_2 --model nowhere", "give --text FILE"),
+        (
+            "infinitebench --tasks longbook_qa_eng --model nowhere",
+            "not made anew: give --data FOLDER",
+        ),
+        (
+            "perplexity --text short.txt --model nowhere --output absent/n.jsonl",
+            "--output: absent is no folder",
+        ),
+        ("perplexity --text short.txt --model nowhere --summary absent/n.jsonl", "--summary: absent is no folder"),
+        ("infinitebench --tasks code_debug --model MODEL", "in which code_debug.jsonl is"),
         ("infinitebench --truncate-middle --model MODEL", "--truncate-middle goes with --data"),
         (
             "infinitebench --data . --tasks passkey --model MODEL --lengths 900",
@@ -222,7 +232,7 @@ def test_patterns_of_a_folder_are_those_for_the_model(model, folder, tmp_path):
             "niah --text prose.txt --attentions mixed.json --summary ./mixed.json",
             "--attentions mixed.json and --summary are",
         ),
-        ("niah --text prose.txt --output .", "--output . is a folder: name a file"),
+        ("niah --text prose.txt --output .", "--output: . is a folder: name a file"),
         ("niah --text prose.txt --attentions a_shape:1,8 --slash-granularity block", "none has vertical-slash heads"),
         (
             "niah --text prose.txt --attentions minference x=minference --model MODEL --lengths 600",
