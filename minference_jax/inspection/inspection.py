@@ -36,7 +36,8 @@ class Inspection(NamedTuple):
     Attributes:
         patterns: of every head.
         mass: float32 [L, N], share of dense attention's mass that falls on kept keys, mean over the queries.
-        error: float32 [L, N], norm of the output's difference from dense attention over the norm of dense attention's.
+        error: float32 [L, N], norm of the output's difference from dense attention over the norm of dense attention's;
+            every query counts alike, other than in the errors of a search.
         density: float32 [L, N], share of dense attention's work, in tiles that are really computed.
         head_ms: float64 [L, N], expected milliseconds of each head, index included; None where not measured.
         sparse_ms, dense_ms: float64 [L], measured milliseconds of a layer's attention; None where not measured.

@@ -42,8 +42,9 @@ class LayerResult(NamedTuple):
         layer: index, from 0.
         candidates: in the order of the search; behind them dense attention, where heads may stay dense: it has no
             error, and costs 1 by tiles, by time what it was measured to take.
-        output_norms: N numbers, norm of dense attention's output over all prompts: what a head's error is weighted
-            with, and what tells another model or other prompts apart when a search goes on.
+        output_norms: N numbers, norm of dense attention's output over all prompts, each of which counts alike, with
+            half of the weight on the last 64 queries of each, as in the errors: what a head's error is weighted with,
+            and what tells another model or other prompts apart when a search goes on.
     """
 
     layer: int

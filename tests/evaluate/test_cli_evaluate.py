@@ -43,6 +43,7 @@ NIAH = "niah --model MODEL --text prose.txt --lengths 607 --depths 2 --attention
 
 
 def test_needles_are_asked_recorded_and_summed_up(run, files):
+    (files / "n").mkdir(exist_ok=True)
     code, out, err = run(f"{NIAH} --output n/run.jsonl --summary n/all.jsonl")
     assert (code, err) == (0, "")
     assert [line.split()[:3] for line in out.splitlines()[1:]] == [
