@@ -283,7 +283,7 @@ def test_a_search_with_a_budget_too_small_for_its_prompts_says_so(run):
     assert "no candidate keeps within 0.15 at any head" in search_command.summary(found(0.1))
     assert "keeps within 0.3" not in search_command.summary(found(0.1))
     assert "too small" not in search_command.summary(found(0.2))
-    assert "the mean error is above 0.2: for prompts this short the budget is too small" in search_command.summary(
+    assert "the mean error is above 0.2: the budget is too small for these prompts" in search_command.summary(
         found(0.21)
     )
 

@@ -184,10 +184,12 @@ def _warnings(found: SearchResult) -> list[str]:
     for one in (one for layer in found.layers for one in layer.candidates):
         fits[one.budget] = fits.get(one.budget, False) or any(error is not None for error in one.error)
     lines = [f"no candidate keeps within {budget:g} at any head" for budget, some in fits.items() if not some]
-    error = statistics.fmean(one.error[head] for row in found.chosen for head, one in enumerate(row))
-    if error > _POOR:
-        lines.append(f"the mean error is above {_POOR:g}: for prompts this short the budget is too small, since tiles")
-        lines[-1] += " of 64 by 64 tokens count whole; give a larger budget or longer prompts"
+    errors = [one.error[head] for row in found.chosen for head, one in enumerate(row)]
+    if statistics.fmean(errors) > _POOR:  # type: ignore[arg-type]
+        lines.append(
+            f"the mean error is above {_POOR:g}: the budget is too small for these prompts; tiles of 64 by 64 tokens "
+            "count whole, so that short prompts need a larger share: give a larger budget or longer prompts"
+        )
     return lines
 
 

@@ -103,8 +103,8 @@ def _filled(
         is_chat = chat and model.tokenizer.chat_template
         return model.encode_chat(text(units)) if is_chat else model.encode(text(units))
 
-    named = {"what": "a calibration prompt", "shortest": "takes"}
-    return encode(most_that_fit(lambda units: len(encode(units)), length, most=most, **named))
+    what = "a calibration prompt"
+    return encode(most_that_fit(lambda units: len(encode(units)), length, most=most, what=what, shortest="takes"))
 
 
 def retrieval_text(num_pairs: int, seed: int) -> str:
