@@ -78,8 +78,8 @@ class CachePolicy(Protocol):
 def layer_block(stacked: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """[B, size, ...] of one layer's slots from `start` on, out of an array [L, B, S, ...]; nothing else is copied.
 
-    Heads and their numbers are one axis while the block is cut out, and the compiler may not look through that: it would
-    otherwise turn the whole array into the order that a product of single heads likes best, before the loop.
+    Heads and their numbers are one axis while the block is cut out, and the compiler may not look through that: it
+    would otherwise turn the whole array into the order that a product of single heads likes best, before the loop.
     """
     flat = stacked.reshape(*stacked.shape[:3], -1)
     found = lax.dynamic_slice(flat, (layer, 0, start, 0), (1, flat.shape[1], size, flat.shape[3]))
