@@ -6,7 +6,7 @@ prompt: later tokens go to a plain tail of their own (`SplitCache`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
@@ -47,7 +47,9 @@ class Stored(Protocol):
 class CachePolicy(Protocol):
     """What is kept of a prompt's keys and values; static and hashable."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """How the command line calls it."""
 
     def keep(
         self,

@@ -99,7 +99,9 @@ def _read_layer_behind(graph, state, index, x, lengths, held, tail) -> tuple[jax
 
     def attend(q, k, v, layer_input, *, scale, **where):
         keys, values = (write_layer(old, new, index, tail.length) for old, new in ((tail.k, k), (tail.v, v)))
-        of_layer = KVCache(*(jax.lax.dynamic_slice_in_dim(array, index, 1) for array in (keys, values)), tail.length)
+        of_layer = tail._replace(
+            k=jax.lax.dynamic_slice_in_dim(keys, index, 1), v=jax.lax.dynamic_slice_in_dim(values, index, 1)
+        )
         out = attend_split(q, held, of_layer, jnp.int32(0), scale=scale, count=lengths)
         return out, tail._replace(k=keys, v=values)
 
