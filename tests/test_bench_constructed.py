@@ -84,7 +84,7 @@ def test_the_attention_is_that_over_the_constructed_lists(model):
     [
         ({"local_share": 1.5}, "local_share=1.5 must be above 0 and below 1"),
         ({"local_share": 0.9, "granularity": "block"}, "they need slash_granularity='line'"),
-        ({"local_share": 0.9, "kv_cache": "host"}, "not for kv_cache='host'"),
+        ({"local_share": 0.9, "kv_cache": "host"}, "kv_cache='host' goes neither with"),
     ],
 )
 def test_what_can_not_be_constructed_is_refused(model, options, message):

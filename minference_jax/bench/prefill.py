@@ -23,7 +23,7 @@ from minference_jax.bench.prefill_parts import time_parts
 from minference_jax.bench.records import environment, record
 from minference_jax.cache import AnyPolicy, Host, Plain, policy_of
 from minference_jax.generate import LanguageModel, PrefillResult, compile_ahead
-from minference_jax.generate.attend import SparseAttend, choose_attend
+from minference_jax.generate.attend import SparseAttend
 from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
 from minference_jax.generate.programs import prefill
 from minference_jax.generate.prompts import pad_prompts
@@ -80,7 +80,7 @@ class PrefillBench:
 
     Args:
       subject: the model.
-      attention: sparse, to be compared with dense.
+      attention: to be compared with dense.
       implementation: of sparse attention; None = the first that can. Dense attention is by the first that can.
       chunk_size: tokens read at a time, as in `LanguageModel.prefill`; None = all.
       local_share: lists are constructed, and of each vertical-slash head's slashes this share are the nearest, the
@@ -110,8 +110,8 @@ class PrefillBench:
         has_parts: bool = True,
         joules: Callable[[], float | None] = lambda: None,
     ):
-        if attention.name in (DENSE.name, "auto"):
-            raise ValueError(f"attention={attention.name!r} can't be compared with dense: a sparse one is needed")
+        if attention.name == DENSE.name:
+            raise ValueError("attention='dense' can't be compared with dense: another one is needed")
         check_chunk_size(chunk_size)
         self._policy = policy_of(kv_cache)
         check_whole(chunk_size, self._policy)
@@ -121,6 +121,8 @@ class PrefillBench:
         self._repeats = {"dense": repeats if baseline_repeats is None else baseline_repeats}
         self._attentions = (self._sparse, DENSE) if self._repeats["dense"] else (self._sparse,)
         self._default_repeats, self._joules = repeats, joules
+        if isinstance(self._policy, Host) and (attention.name == "auto" or local_share is not None):
+            raise ValueError("kv_cache='host' goes neither with attention='auto' nor with constructed lists here")
         self._local_share = local_share
         if local_share is not None:
             self._check_constructed(local_share)
@@ -131,8 +133,6 @@ class PrefillBench:
             raise ValueError(f"{local_share=} must be above 0 and below 1")
         if self._sparse.slash_granularity != "line":
             raise ValueError("constructed lists are of single distances: they need slash_granularity='line'")
-        if isinstance(self._policy, Host):
-            raise ValueError("constructed lists are for caches on the device, not for kv_cache='host'")
 
     def plan(self, lengths: Sequence[int] | None) -> list[int]:
         """The lengths to measure, the shortest first, each once; None = those of `LENGTHS` that the model reads.
@@ -193,8 +193,8 @@ class PrefillBench:
             timers["linear"] = CallTimer(lambda _: self._read(tokens, no_attention, None))
         for one in self._attentions:
             timers[one.name] = PrefillTimer(self._model, tokens, one, **how)
-        if self._local_share is not None:
-            name = self._sparse.name
+        name = self._sparse.name
+        if self._local_share is not None or name == "auto":  # which runs by whatever is first for what it stands for
             timers[name] = CallTimer(lambda by: self._read(tokens, *self._attend(name, by, len(tokens))))
         return timers
 
@@ -211,7 +211,7 @@ class PrefillBench:
 
     def _begin(self, side: _Side) -> None:
         """Compiles and warms; notes density."""
-        names = {"linear": "none", "dense": None}
+        names = {"linear": "none", "dense": None, "auto": "auto"}
         with memory_for("it"):
             side.timer.compile(names.get(side.name, self._implementation))
         read = side.timer.take()
@@ -241,16 +241,9 @@ class PrefillBench:
     def _attend(self, name: str, implementation: str | None, length: int = 1):
         """How to attend and pattern arrays, as `LanguageModel.prefill` chooses them."""
         attention = DENSE if name == DENSE.name else self._sparse
-        tiles = None if name == DENSE.name else self._model.sparse_on_device(implementation)[1]
-        attend, patterns = choose_attend(
-            name,
-            attention.pattern,
-            patterns=self._model.patterns,
-            slash_granularity=attention.slash_granularity,
-            implementation=implementation,
-            tiles=tiles,
-            whole_prompt=self._chunk_size is None or length <= self._chunk_size,
-        )
+        is_whole = self._chunk_size is None or length <= self._chunk_size
+        how = (attention.pattern, attention.slash_granularity, None if name == "auto" else implementation)
+        attend, patterns = self._model.choose(length, name, *how, is_whole)
         if self._local_share is not None and isinstance(attend, SparseAttend):
             attend = ConstructedAttend(**vars(attend), local_share=self._local_share)
         return attend, patterns
@@ -332,7 +325,8 @@ class PrefillBench:
         }
         if attention is DENSE:
             return record(**measured)
-        measured["tiles"] = "x".join(map(str, dataclasses.astuple(self._tiles(side.timer.implementation))))
+        if attention.name != "auto":
+            measured["tiles"] = "x".join(map(str, dataclasses.astuple(self._tiles(side.timer.implementation))))
         dense = sides.get(DENSE.name)
         if dense is not None:
             baseline_ms = _median_ms(dense)

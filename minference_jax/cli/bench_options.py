@@ -9,7 +9,7 @@ from minference_jax.bench.shapes import SHAPES
 from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_kv_cache, add_progress
 from minference_jax.cli.values import four_sizes, not_negative, positive, share
 
-SPARSE_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse")
+SPARSE_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse")
 
 
 def add_bench(commands: Any) -> None:
