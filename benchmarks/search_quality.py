@@ -93,7 +93,9 @@ def of_equal_cost(
     reads, made = model.config.num_layers * len(calibration), {}
     for name, pattern in PROPORTIONS.items():
         scale = np.exp(np.interp(budget, costs[name] / reads, np.log(SCALES)))
-        made[name] = uniform(model, head_patterns(pattern, scaled(pattern, np.array([scale]), size))[0])
+        made[f"{name} at {budget:g}"] = uniform(
+            model, head_patterns(pattern, scaled(pattern, np.array([scale]), size))[0]
+        )
     return made
 
 

@@ -147,7 +147,7 @@ def full_size_table(records: list[dict[str, Any]]) -> str:
 
 def search_table(records: list[dict[str, Any]]) -> str:
     """Markdown: of the last run what was searched beside uniform patterns, with density and error on unseen prompts."""
-    rows = _last_run_rows(records)
+    rows = _last_run_rows(records, ("device", "date", "jax"))
     prompts = list(dict.fromkeys(one["case"].partition(", unseen ")[2] for one in rows))
     found = {tuple(one["case"].split(", unseen ")): one for one in rows}
     lines = []
@@ -160,7 +160,7 @@ def search_table(records: list[dict[str, Any]]) -> str:
     note = (
         f"SmolLM2-135M-Instruct at {max(one['length'] for one in rows):,} tokens, prompts that the search did not see. "
         f"The error is that of a layer's attention output, relative to dense, mean over the layers. On the calibration "
-        f"prompts, key-value retrieval and a part of Python's manual, all but the default cost the same."
+        f"prompts, key-value retrieval and a part of Python's manual, those at one budget cost the same."
     )
     return "\n".join([head, ruler, *lines, "", f"{note} {_where(rows)}"])
 
@@ -192,8 +192,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _last_run_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    same = ("device", "commit", "jax")
+def _last_run_rows(
+    records: list[dict[str, Any]], same: tuple[str, ...] = ("device", "commit", "jax")
+) -> list[dict[str, Any]]:
     return [one for one in records if all(one[name] == records[-1][name] for name in same)]
 
 
@@ -203,8 +204,9 @@ def _last_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _where(records: list[dict[str, Any]]) -> str:
-    first = records[0]
-    return f"{first['device']}; jax {first['jax']}, commit {first['commit']}, {first['date']}."
+    said = [sorted({part for one in records for part in one[name].split(" and ")}) for name in ("commit", "date")]
+    commits, dates = (" and ".join(parts) for parts in said)
+    return f"{records[0]['device']}; jax {records[0]['jax']}, commit {commits}, {dates}."
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         save_prefill,
     )
     from minference_jax.inspection import Inspection, inspect_attention
-    from minference_jax.loading import load
+    from minference_jax.loading import load, load_shapes
     from minference_jax.patterns import (
         DEFAULT_PATTERN,
         AShape,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         uniform_patterns,
         write_patterns,
     )
+    from minference_jax.plan import MemoryPlan, plan_memory
     from minference_jax.search import SearchResult, calibration_prompts, search_patterns
     from minference_jax.tile_table import TileTable, read_tiles
 
@@ -68,6 +69,7 @@ __all__ = [
     "HeadPattern",
     "Inspection",
     "LanguageModel",
+    "MemoryPlan",
     "ModelPatterns",
     "PatternArrays",
     "PatternKind",
@@ -91,7 +93,9 @@ __all__ = [
     "load",
     "load_parameters",
     "load_prefill",
+    "load_shapes",
     "niah_samples",
+    "plan_memory",
     "read_infinitebench",
     "read_patterns",
     "read_tiles",
@@ -112,6 +116,7 @@ _MODULES = {
     "Contender": "evaluate",
     "Inspection": "inspection",
     "LanguageModel": "generate",
+    "MemoryPlan": "plan",
     "PrefillResult": "generate",
     "Sample": "evaluate",
     "SearchResult": "search",
@@ -128,9 +133,11 @@ _MODULES = {
     "infinitebench_samples": "evaluate",
     "inspect_attention": "inspection",
     "load": "loading",
+    "load_shapes": "loading",
     "load_parameters": "convert.checkpoint",
     "load_prefill": "generate",
     "niah_samples": "evaluate",
+    "plan_memory": "plan",
     "read_infinitebench": "evaluate",
     "read_tiles": "tile_table",
     "ruler_samples": "evaluate",

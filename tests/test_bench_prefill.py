@@ -319,7 +319,7 @@ def test_without_lengths_those_that_the_model_reads_are_measured():
     with pytest.raises(ValueError, match="600 tokens was asked for, tiny can read 512"):
         bench.plan([200, 600])
     with pytest.raises(ValueError, match="can't be compared with dense"):
-        prefill.PrefillBench(subject(), attention_of("auto"))
+        prefill.PrefillBench(subject(), attention_of("dense"))
 
 
 class Device:
@@ -379,3 +379,12 @@ def test_joules_are_those_of_one_prefill_and_short_ones_are_counted_in_a_row(mon
     assert 0 < short.facts["joules"] < 60  # 60 for all of the row
     assert short.timer.seconds == [0.001, 0.03]
     assert "joules" not in none.facts
+
+
+def test_auto_is_measured_as_what_it_stands_for():
+    dense, auto = prefill.PrefillBench(subject(), attention_of("auto"), repeats=1).measure(100)
+    assert (auto["attention"], auto["implementation"], auto["tiles"]) == ("auto", "auto", None)
+    assert auto["density"] == 1.0
+    assert auto["kernel_ms"] > 0
+    assert auto["index_ms"] is None
+    assert auto["ratio"] == auto["ms"] / dense["ms"]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from small_models import CONTEXT, NUM_HEADS, NUM_LAYERS, write_model
 
 from minference_jax import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, load, write_patterns
+from minference_jax.cache import POLICIES
 from minference_jax.cli import convert_command, main
 from minference_jax.cli.generate_command import until_stop
-from minference_jax.cli.parser import ATTENTION_NAMES, LINEAR_NAMES
+from minference_jax.cli.parser import ATTENTION_NAMES, KV_CACHES, LINEAR_NAMES
 from minference_jax.cli.progress import Steps
 from minference_jax.generate import attend
 from minference_jax.measure import ChosenAttention, compare, greedy_tokens
@@ -78,6 +79,7 @@ def prefill(run, options, *more):
 def test_names_of_the_light_parser_are_those_of_the_library():
     assert set(ATTENTION_NAMES) == set(attend.ATTENTION_NAMES)
     assert tuple(LINEAR_NAMES) == fp8.LINEAR
+    assert tuple(POLICIES) == KV_CACHES
 
 
 def test_json_is_one_object_with_what_is_promised(run):
@@ -121,6 +123,16 @@ def test_report_shows_both_answers(run):
     assert f"{facts['tokens']} tokens" in out
     for name, text in (("dense", facts["dense_text"]), ("a_shape", facts["text"])):
         assert out.partition(f"{name} answers:\n")[2].strip().startswith(text.strip().splitlines()[0])
+
+
+@pytest.mark.parametrize("name", ["int8", "host"])
+def test_a_cache_policy_is_of_the_attention_and_is_told(run, name):
+    options = f"--prompt-file prompt.txt --attention dense --kv-cache {name}"
+    facts = prefill(run, options)
+    assert (facts["kv_cache"], facts["greedy_tokens"], facts["max_logit_difference"] < 1e-4) == (name, 6, True)
+    code, out, err = run(f"generate --model MODEL --max-new-tokens 6 {options}")
+    assert (code, out.strip(), err) == (0, facts["text"].strip(), "")
+    assert run(f"compile --model MODEL --lengths 9 --kv-cache {name}x")[0] == 2
 
 
 def test_prompt_and_question_go_through_the_chat_template(run, model, monkeypatch):

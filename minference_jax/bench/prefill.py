@@ -1,7 +1,7 @@
 """The prefill suite: whole prefills of a model, dense against sparse in turn, with their parts.
 
-The prompt is random. Its lists are estimated live, in the prefill that is timed; random weights give activations
-without structure, so what they keep says nothing of a trained model.
+The prompt is random. Its lists are estimated live, in the prefill that is timed. Random weights give activations
+without structure, so what they keep says nothing of a trained model: lists of a stated kind can take their place.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import numpy as np
 from flax import nnx
 
 from minference_jax.bench.cases import Sizes, describe
+from minference_jax.bench.constructed import ConstructedAttend
 from minference_jax.bench.meters import Meter
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.prefill_parts import time_parts
 from minference_jax.bench.records import environment, record
 from minference_jax.cache import AnyPolicy, Host, Plain, policy_of
 from minference_jax.generate import LanguageModel, PrefillResult, compile_ahead
-from minference_jax.generate.attend import choose_attend
+from minference_jax.generate.attend import SparseAttend
 from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
 from minference_jax.generate.programs import prefill
 from minference_jax.generate.prompts import pad_prompts
 from minference_jax.implementations import device_of, memory_for
 from minference_jax.measure import DENSE, CallTimer, ChosenAttention, PrefillTimer
 from minference_jax.measure.energy import LEAST_SECONDS
-from minference_jax.models import linear_of
+from minference_jax.models import Attend, linear_of
+from minference_jax.patterns import PatternArrays
 
 LENGTHS = (8192, 32768, 131072)
 """Tokens, where no lengths are asked for and the model reads so many."""
@@ -47,7 +49,7 @@ class Subject(NamedTuple):
       name: of the model, in records.
       model: it reads.
       model_layers: how many the model has; `model` may have fewer.
-      lists: what lists of sparse heads are estimated from, in words.
+      lists: what lists of sparse heads are estimated from, in words, where they are not constructed.
       pattern: of all heads, in words, where they have one each.
     """
 
@@ -78,9 +80,11 @@ class PrefillBench:
 
     Args:
       subject: the model.
-      attention: sparse, to be compared with dense.
+      attention: to be compared with dense.
       implementation: of sparse attention; None = the first that can. Dense attention is by the first that can.
       chunk_size: tokens read at a time, as in `LanguageModel.prefill`; None = all.
+      local_share: lists are constructed, and of each vertical-slash head's slashes this share are the nearest, the
+        others and the verticals at random; the estimate runs and chooses nothing. None = it chooses them.
       kv_cache: what is kept of keys and values, as in `LanguageModel.prefill`, with both attentions.
       repeats: timed prefills, after one that compiles and warms.
       baseline_repeats: of dense attention; None = as `repeats`, 0 = it is left out.
@@ -100,13 +104,14 @@ class PrefillBench:
         implementation: str | None = None,
         chunk_size: int | None = None,
         kv_cache: str | AnyPolicy = "plain",
+        local_share: float | None = None,
         repeats: int = 3,
         baseline_repeats: int | None = None,
         has_parts: bool = True,
         joules: Callable[[], float | None] = lambda: None,
     ):
-        if attention.name in (DENSE.name, "auto"):
-            raise ValueError(f"attention={attention.name!r} can't be compared with dense: a sparse one is needed")
+        if attention.name == DENSE.name:
+            raise ValueError("attention='dense' can't be compared with dense: another one is needed")
         check_chunk_size(chunk_size)
         self._policy = policy_of(kv_cache)
         check_whole(chunk_size, self._policy)
@@ -116,7 +121,18 @@ class PrefillBench:
         self._repeats = {"dense": repeats if baseline_repeats is None else baseline_repeats}
         self._attentions = (self._sparse, DENSE) if self._repeats["dense"] else (self._sparse,)
         self._default_repeats, self._joules = repeats, joules
+        if isinstance(self._policy, Host) and (attention.name == "auto" or local_share is not None):
+            raise ValueError("kv_cache='host' goes neither with attention='auto' nor with constructed lists here")
+        self._local_share = local_share
+        if local_share is not None:
+            self._check_constructed(local_share)
         self._attend(attention.name, implementation)
+
+    def _check_constructed(self, local_share: float) -> None:
+        if not 0 < local_share < 1:
+            raise ValueError(f"{local_share=} must be above 0 and below 1")
+        if self._sparse.slash_granularity != "line":
+            raise ValueError("constructed lists are of single distances: they need slash_granularity='line'")
 
     def plan(self, lengths: Sequence[int] | None) -> list[int]:
         """The lengths to measure, the shortest first, each once; None = those of `LENGTHS` that the model reads.
@@ -171,23 +187,31 @@ class PrefillBench:
 
     def _timers(self, tokens: np.ndarray) -> dict[str, CallTimer]:
         """Of everything but attention, of sparse and of dense attention."""
+        how: dict[str, Any] = {"chunk_size": self._chunk_size, "kv_cache": self._policy}
+        timers: dict[str, CallTimer] = {}
+        if self._has_parts:
+            timers["linear"] = CallTimer(lambda _: self._read(tokens, no_attention, None))
+        for one in self._attentions:
+            timers[one.name] = PrefillTimer(self._model, tokens, one, **how)
+        name = self._sparse.name
+        if self._local_share is not None or name == "auto":  # which runs by whatever is first for what it stands for
+            timers[name] = CallTimer(lambda by: self._read(tokens, *self._attend(name, by, len(tokens))))
+        return timers
+
+    def _read(self, tokens: np.ndarray, attend: Attend, patterns: PatternArrays | None) -> PrefillResult:
+        """A prefill by the programs of `LanguageModel.prefill`, with any attention."""
         graph, state = nnx.split(self._model.model)
         config, chunk_size = self._model.config, self._chunk_size
         padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
-
-        def linear(_: str) -> PrefillResult:
-            with memory_for("it"):
-                if chunk_size is not None and lengths[0] > chunk_size:
-                    return prefill_in_chunks(graph, state, padded, lengths, None, no_attention, chunk_size)
-                return prefill(graph, state, padded, lengths, None, no_attention, Plain())
-
-        how: dict[str, Any] = {"chunk_size": chunk_size, "kv_cache": self._policy}
-        chosen = {one.name: PrefillTimer(self._model, tokens, one, **how) for one in self._attentions}
-        return {"linear": CallTimer(linear), **chosen} if self._has_parts else dict(chosen)
+        with memory_for("it"):
+            if chunk_size is not None and lengths[0] > chunk_size:
+                return prefill_in_chunks(graph, state, padded, lengths, patterns, attend, chunk_size)
+            policy = Plain() if isinstance(self._policy, Host) else self._policy
+            return prefill(graph, state, padded, lengths, patterns, attend, policy)
 
     def _begin(self, side: _Side) -> None:
         """Compiles and warms; notes density."""
-        names = {"linear": "none", "dense": None}
+        names = {"linear": "none", "dense": None, "auto": "auto"}
         with memory_for("it"):
             side.timer.compile(names.get(side.name, self._implementation))
         read = side.timer.take()
@@ -217,16 +241,12 @@ class PrefillBench:
     def _attend(self, name: str, implementation: str | None, length: int = 1):
         """How to attend and pattern arrays, as `LanguageModel.prefill` chooses them."""
         attention = DENSE if name == DENSE.name else self._sparse
-        tiles = None if name == DENSE.name else self._model.sparse_on_device(implementation)[1]
-        return choose_attend(
-            name,
-            attention.pattern,
-            patterns=self._model.patterns,
-            slash_granularity=attention.slash_granularity,
-            implementation=implementation,
-            tiles=tiles,
-            whole_prompt=self._chunk_size is None or length <= self._chunk_size,
-        )
+        is_whole = self._chunk_size is None or length <= self._chunk_size
+        how = (attention.pattern, attention.slash_granularity, None if name == "auto" else implementation)
+        attend, patterns = self._model.choose(length, name, *how, is_whole)
+        if self._local_share is not None and isinstance(attend, SparseAttend):
+            attend = ConstructedAttend(**vars(attend), local_share=self._local_share)
+        return attend, patterns
 
     def _described(self, attention: ChosenAttention, length: int) -> dict[str, Any]:
         """The fields of a record that say what is measured."""
@@ -240,7 +260,7 @@ class PrefillBench:
             "attention": attention.name,
             "pattern": pattern if is_sparse else None,
             "slash_granularity": attention.slash_granularity if is_sparse else None,
-            "lists": self._subject.lists if is_sparse else None,
+            "lists": self._lists if is_sparse else None,
             "length": length,
             "batch": 1,
             "num_heads": config.num_heads,
@@ -253,6 +273,12 @@ class PrefillBench:
             "chunk_size": self._chunk_size,
             "kv_cache": self._policy.name,
         }
+
+    @property
+    def _lists(self) -> str:
+        if self._local_share is None:
+            return self._subject.lists
+        return f"constructed lists, {self._local_share:.0%} of slashes nearest, beside an estimate that chooses nothing"
 
     def _planned(self, attention: ChosenAttention, length: int) -> int | None:
         """Bytes that the compiler says a prefill takes; None = of a cache in host memory it says nothing."""
@@ -299,7 +325,8 @@ class PrefillBench:
         }
         if attention is DENSE:
             return record(**measured)
-        measured["tiles"] = "x".join(map(str, dataclasses.astuple(self._tiles(side.timer.implementation))))
+        if attention.name != "auto":
+            measured["tiles"] = "x".join(map(str, dataclasses.astuple(self._tiles(side.timer.implementation))))
         dense = sides.get(DENSE.name)
         if dense is not None:
             baseline_ms = _median_ms(dense)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from minference_jax import estimate
+from minference_jax.bench.constructed import ConstructedAttend
 from minference_jax.cache import init_cache, write_layer
 from minference_jax.capacities import Capacities
 from minference_jax.generate import LanguageModel
@@ -142,7 +143,7 @@ class _Walk:
 
 def _how(attend: SparseAttend, q: Array, k: Array) -> _Sparse:
     where = (device_of(q), q.shape[3], q.dtype.itemsize)
-    entry = first_sparse(attend.implementation, *where)
+    entry = attend.entry(q) if isinstance(attend, ConstructedAttend) else first_sparse(attend.implementation, *where)
     columns = min(attend.capacities.num_columns, k.shape[1])
     capacities = attend.capacities._replace(num_columns=columns)
     return _Sparse(entry, attend.tiles or entry.tiles(*where), capacities, attend.slash_granularity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,11 @@ class KeptKV(NamedTuple):
         return Block(*(layer_block(x, layer, start, size) for x in (self.k, self.v)))
 
 
-def keep_positions(
-    k: jax.Array, v: jax.Array, positions: jax.Array, counts: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+Kept: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""k, v, positions and counts of one layer."""
+
+
+def keep_positions(k: jax.Array, v: jax.Array, positions: jax.Array, counts: jax.Array) -> Kept:
     """What a layer's `keep` gives: the rows at some positions, what a `KeptKV` has of a layer.
 
     Args:

@@ -6,7 +6,7 @@ prompt: later tokens go to a plain tail of their own (`SplitCache`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
@@ -47,7 +47,9 @@ class Stored(Protocol):
 class CachePolicy(Protocol):
     """What is kept of a prompt's keys and values; static and hashable."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """How the command line calls it."""
 
     def keep(
         self,
@@ -76,6 +78,11 @@ class CachePolicy(Protocol):
 
 
 def layer_block(stacked: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """[B, size, ...] of one layer's slots from `start` on, out of an array [L, B, S, ...]; nothing else is copied."""
-    starts = (layer, 0, start, *[0] * (stacked.ndim - 3))
-    return lax.dynamic_slice(stacked, starts, (1, stacked.shape[1], size, *stacked.shape[3:]))[0]
+    """[B, size, ...] of one layer's slots from `start` on, out of an array [L, B, S, ...]; nothing else is copied.
+
+    Heads and their numbers are one axis while the block is cut out, and the compiler may not look through that: it
+    would otherwise turn the whole array into the order that a product of single heads likes best, before the loop.
+    """
+    flat = stacked.reshape(*stacked.shape[:3], -1)
+    found = lax.dynamic_slice(flat, (layer, 0, start, 0), (1, flat.shape[1], size, flat.shape[3]))
+    return lax.optimization_barrier(found).reshape(flat.shape[1], size, *stacked.shape[3:])

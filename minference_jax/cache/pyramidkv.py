@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minference_jax.cache.kept import KeptKV, check_sizes, keep_positions
+from minference_jax.cache.kept import Kept, KeptKV, check_sizes, keep_positions
 from minference_jax.cache.snapkv import best_positions, window_scores
 
 
@@ -56,7 +56,7 @@ class PyramidKV:
         line = np.linspace(2 * others - least, least, num_layers) if num_layers > 1 else np.array([others])
         return self.window_size + line.astype(np.int32)
 
-    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, ...]:
+    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> Kept:
         """As in `CachePolicy`."""
         budgets = self.budgets(num_layers)
         counts = jnp.where(lengths <= self.capacity, lengths, jnp.minimum(lengths, jnp.asarray(budgets)[layer]))
@@ -64,6 +64,6 @@ class PyramidKV:
         slots = min(k.shape[1], max(self.capacity, int(budgets.max())))
         return keep_positions(k, v, best_positions(scores, slots, counts), counts)
 
-    def stored(self, kept: tuple[jax.Array, ...], length: jax.Array) -> KeptKV:
+    def stored(self, kept: Kept, length: jax.Array) -> KeptKV:
         """As in `CachePolicy`."""
         return KeptKV(*kept, length)

@@ -65,12 +65,12 @@ class Quantised:
         """How the command line calls it."""
         return "int8" if self.dtype == "int8" else "fp8"
 
-    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, ...]:
+    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """As in `CachePolicy`."""
         (k, k_scale), (v, v_scale) = quantise(k, self.dtype), quantise(v, self.dtype)
         return k, v, k_scale, v_scale
 
-    def stored(self, kept: tuple[jax.Array, ...], length: jax.Array) -> QuantisedKV:
+    def stored(self, kept: tuple[jax.Array, jax.Array, jax.Array, jax.Array], length: jax.Array) -> QuantisedKV:
         """As in `CachePolicy`."""
         return QuantisedKV(*kept, length)
 

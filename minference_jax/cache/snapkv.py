@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minference_jax.cache.kept import KeptKV, check_sizes, keep_positions
+from minference_jax.cache.kept import Kept, KeptKV, check_sizes, keep_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,13 @@ class SnapKV:
                 f"and pool_size={self.pool_size} odd"
             )
 
-    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, ...]:
+    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> Kept:
         """As in `CachePolicy`."""
         counts = jnp.minimum(lengths, self.capacity)
         scores = window_scores(q, k, lengths, self.window_size, self.pool_size, scale)
         return keep_positions(k, v, best_positions(scores, min(k.shape[1], self.capacity), counts), counts)
 
-    def stored(self, kept: tuple[jax.Array, ...], length: jax.Array) -> KeptKV:
+    def stored(self, kept: Kept, length: jax.Array) -> KeptKV:
         """As in `CachePolicy`."""
         return KeptKV(*kept, length)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from minference_jax.cache.kept import KeptKV, check_sizes, keep_positions
+from minference_jax.cache.kept import Kept, KeptKV, check_sizes, keep_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class StreamingLLM:
     def __post_init__(self) -> None:
         check_sizes(sink_size=self.sink_size, recent_size=self.recent_size)
 
-    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, ...]:
+    def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> Kept:
         """As in `CachePolicy`."""
         size, num_kv_heads = k.shape[1:3]
         capacity = self.sink_size + self.recent_size
@@ -44,6 +44,6 @@ class StreamingLLM:
         positions = jnp.where(slots < counts[:, None], positions, size)
         return keep_positions(k, v, jnp.repeat(positions[..., None], num_kv_heads, axis=2), counts)
 
-    def stored(self, kept: tuple[jax.Array, ...], length: jax.Array) -> KeptKV:
+    def stored(self, kept: Kept, length: jax.Array) -> KeptKV:
         """As in `CachePolicy`."""
         return KeptKV(*kept, length)

@@ -9,7 +9,7 @@ from minference_jax.bench.shapes import SHAPES
 from minference_jax.cli.parser import Parser, add_attention, add_dtype, add_kv_cache, add_progress
 from minference_jax.cli.values import four_sizes, not_negative, positive, share
 
-SPARSE_NAMES = ("minference", "a_shape", "vertical_slash", "block_sparse")
+SPARSE_NAMES = ("minference", "auto", "a_shape", "vertical_slash", "block_sparse")
 
 
 def add_bench(commands: Any) -> None:
@@ -77,6 +77,13 @@ def _add_prefill(suites: Any) -> None:
     )
     parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time, multiple of 128 (all)")
     add_kv_cache(parser)
+    parser.add_argument(
+        "--local-share",
+        type=share,
+        metavar="X",
+        help="construct the lists, this share of each head's slashes the nearest, the rest at random: random weights "
+        "have no structure of their own (lists are estimated; the estimate runs in any case)",
+    )
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
     parser.add_argument(
         "--baseline-repeats", type=not_negative, metavar="N", help="of dense attention, 0 = none (as --repeats)"

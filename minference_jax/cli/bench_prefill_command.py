@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         implementation=arguments.implementation,
         chunk_size=arguments.chunk_size,
         kv_cache=arguments.kv_cache,
+        local_share=arguments.local_share,
         repeats=arguments.repeats,
         baseline_repeats=arguments.baseline_repeats,
         has_parts=arguments.parts,

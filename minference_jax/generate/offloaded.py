@@ -58,9 +58,8 @@ def read_behind_host(
         k, v = coming
         if index + 1 < len(prompt.k):
             coming = to_device(prompt.k[index + 1]), to_device(prompt.v[index + 1])
-        held = KVCache(k[None], v[None], prompt.length)
-        x, tail = _read_layer_behind(graph, state, np.int32(index), x, lengths, held, tail)
-        del k, v, held
+        x, tail = _read_layer_behind(graph, state, np.int32(index), x, lengths, k, v, prompt.length, tail)
+        del k, v
         jax.block_until_ready(x)  # so that the device frees this layer's before the next but one is fetched
     return _finish(graph, state, x, lengths), tail._replace(length=tail.length + lengths)
 
@@ -94,14 +93,17 @@ def _read_layer(graph, state, index, x, lengths, patterns, attend) -> tuple[jax.
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames=("x", "tail"))
-def _read_layer_behind(graph, state, index, x, lengths, held, tail) -> tuple[jax.Array, KVCache]:
-    """Hidden states behind one layer of new tokens, and the tail with their keys and values, its length as it was."""
+def _read_layer_behind(graph, state, index, x, lengths, k_held, v_held, held, tail) -> tuple[jax.Array, KVCache]:
+    """Hidden states behind one layer of new tokens, and the tail with their keys and values, its length as it was.
+
+    `k_held` and `v_held` [B, S, K, H] are the layer's of the prompts, `held` int32 [B] their lengths.
+    """
 
     def attend(q, k, v, layer_input, *, scale, **where):
         keys, values = (write_layer(old, new, index, tail.length) for old, new in ((tail.k, k), (tail.v, v)))
-        of_layer = KVCache(*(jax.lax.dynamic_slice_in_dim(array, index, 1) for array in (keys, values)), tail.length)
-        out = attend_split(q, held, of_layer, jnp.int32(0), scale=scale, count=lengths)
+        new_k, new_v = (jax.lax.dynamic_slice_in_dim(array, index, 1) for array in (keys, values))
+        prompt, behind = KVCache(k_held[None], v_held[None], held), KVCache(new_k, new_v, tail.length)
+        out = attend_split(q, prompt, behind, jnp.int32(0), scale=scale, count=lengths)
         return out, tail._replace(k=keys, v=values)
 
-    start = held.length + tail.length
-    return nnx.merge(graph, state).run_layer(index, x, lengths, attend, start=start)
+    return nnx.merge(graph, state).run_layer(index, x, lengths, attend, start=held + tail.length)

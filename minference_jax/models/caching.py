@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minference_jax.cache import AnyPolicy, Host, KVCache, SplitCache, attend_split, write_layer
+from minference_jax.cache import AnyPolicy, CachePolicy, Host, KVCache, SplitCache, attend_split, write_layer
 
 
 class CacheAccess(NamedTuple):
@@ -57,10 +57,10 @@ def _plain(cache: KVCache, lengths: jax.Array) -> CacheAccess:
         out, aux = attend(q, all_k, all_v, q_offset=cache.length, kv_len=kv_len)
         return out, aux, written, None
 
-    return CacheAccess((cache.k, cache.v), attend_cache, lambda written, kept: KVCache(*written, kv_len))
+    return CacheAccess((cache.k, cache.v), attend_cache, lambda written, kept: KVCache(written[0], written[1], kv_len))
 
 
-def _fresh(policy: AnyPolicy, lengths: jax.Array, num_layers: int) -> CacheAccess:
+def _fresh(policy: CachePolicy, lengths: jax.Array, num_layers: int) -> CacheAccess:
     """Whole prompts attend over their own keys and values as the layer made them, of which the policy keeps some."""
 
     def attend_prompt(attend, q, k, v, written, layer, scale):
@@ -76,11 +76,12 @@ def _split(cache: SplitCache, lengths: jax.Array) -> CacheAccess:
     prompt, tail = cache
 
     def attend_both(attend, q, k, v, written, layer, scale):
-        written = tuple(write_layer(x, new, layer, tail.length) for x, new in zip(written, (k, v), strict=True))
-        out = attend_split(q, prompt, KVCache(*written, tail.length), layer, scale=scale, count=lengths)
-        return out, None, written, None
+        keys, values = (write_layer(x, new, layer, tail.length) for x, new in zip(written, (k, v), strict=True))
+        out = attend_split(q, prompt, KVCache(keys, values, tail.length), layer, scale=scale, count=lengths)
+        return out, None, (keys, values), None
 
     def close(written, kept):
-        return SplitCache(prompt, KVCache(*written, tail.length + lengths))
+        keys, values = written
+        return SplitCache(prompt, KVCache(keys, values, tail.length + lengths))
 
     return CacheAccess((tail.k, tail.v), attend_both, close)
