@@ -19,6 +19,7 @@ FLOORS = {
     "inspection": 5,
     "analysis": 5,
     "measure": 5,
+    "plan": 5,
 }
 FLOORS |= {"generate": 4, "convert": 4, "models": 3}
 FLOORS |= {
@@ -38,6 +39,7 @@ SIBLINGS = {
     ("cli", "bench"),
     ("search", "analysis"),
     ("inspection", "analysis"),
+    ("plan", "measure"),
     ("cli", "evaluate"),
     ("cli", "demo"),
     ("demo", "evaluate"),

@@ -45,7 +45,8 @@ EVERY_KIND = (
 
 def saved(tmp_path, content):
     path = tmp_path / "patterns.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")  # a lone surrogate, too, which no text has
     return path
 
 
@@ -256,7 +257,20 @@ def test_a_field_given_twice_in_a_head_is_refused(tmp_path):
 
 
 TEXT = st.sampled_from(
-    ["", "0", "1", "kind", "vertical_and_slash", "block_sparse", "dense", "format", "score", "\ud800"]
+    [
+        "",
+        "0",
+        "1",
+        "kind",
+        "vertical_and_slash",
+        "block_sparse",
+        "dense",
+        "format",
+        "score",
+        "source",
+        "slash_granularity",
+        "\ud800",
+    ]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-1, 3) | st.just(10**30) | st.floats() | TEXT,
