@@ -23,7 +23,14 @@ from minference_jax import (
     search_patterns,
     write_patterns,
 )
-from minference_jax.analysis import LayerActivations, activation_bytes, head_densities, read_layers, settings_for
+from minference_jax.analysis import (
+    LayerActivations,
+    activation_bytes,
+    head_densities,
+    head_errors,
+    read_layers,
+    settings_for,
+)
 from minference_jax.attention import dense_attention
 from minference_jax.kernels import reference
 from minference_jax.search import compare, manual_prompt, retrieval_prompt
@@ -104,6 +111,13 @@ def test_errors_are_those_of_the_oracle(model, found):
         wrong += np.einsum("t,btnh->n", weight, np.square(out - dense))
         whole += np.einsum("t,btnh->n", weight, np.square(dense))
     np.testing.assert_allclose(result.error, np.sqrt(wrong / whole), rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_of_the_last_queries_that_is_none_is_refused(share):
+    out = jnp.ones((1, 128, 2, 8))
+    with pytest.raises(ValueError, match=r"last_share=.* must be from 0 to 1"):
+        head_errors(out, out, jnp.array([100]), last_share=share)
 
 
 def test_the_bytes_that_are_said_are_those_that_are_held(model):
