@@ -245,7 +245,7 @@ def _add(
     skip: _Skip | None,
 ) -> _Accumulator:
     """Adds a block of keys; ``seen`` bool [R, W] or None = all; where blocks are skipped, a call loads the values."""
-    scores = sum(dot(rows, part.T) for rows, part in zip(q, keys, strict=True)) * scale
+    scores: Any = sum(dot(rows, part.T) for rows, part in zip(q, keys, strict=True)) * scale
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
 

@@ -175,10 +175,11 @@ class Warpgroup(NamedTuple):
     def matter(self, acc: Accumulator, largest, number) -> Array:
         """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
         program, first = self.program, self.program.held["first"]
+        threshold: Any = program.log2_threshold
         # Two places in turn: until all have read one, the barrier of the next step keeps it.
         place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(2)) * HALF, HALF), HALF)
         votes = first.at[first.shape[0] - 1, self.number, place]
-        below = largest < acc.top + program.log2_threshold
+        below = largest < acc.top + threshold
         votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
         return plgpu.load(votes, *_ALL, layout=_COLUMNS, optimized=False).max().astype(jnp.int32)

@@ -43,6 +43,7 @@ class ConstructedAttend(SparseAttend):
 
     def __call__(self, q, k, v, layer_input: PatternArrays, *, scale, q_offset, kv_len) -> Any:
         entry = self.entry(q)
+        attention: Any = entry.sparse
         where: dict[str, Any] = {"scale": scale, "q_offset": q_offset, "kv_len": kv_len}
         where["tiles"] = self.tiles or entry.tiles(device_of(q), q.shape[3], q.dtype.itemsize)
         layout = build_layout(
@@ -55,7 +56,7 @@ class ConstructedAttend(SparseAttend):
             kernels=entry.estimate,
             **where,
         )
-        out, _ = entry.sparse(q, k, v, layout, **where)
+        out, _ = attention(q, k, v, layout, **where)
         return out, density(layout, q_offset, kv_len, q.shape[1], where["tiles"])
 
 
