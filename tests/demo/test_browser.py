@@ -16,7 +16,6 @@ from minference_jax.demo.plots import History
 from minference_jax.demo.service import outcome
 from minference_jax.measure import attention_of, device_name
 
-pytestmark = pytest.mark.xdist_group("browser")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECRET = "Zanzibar"
 TEXT = f"Sir Walter lives in {SECRET} Hall."  # as short as those of test_service, so that the same programs read it

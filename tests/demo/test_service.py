@@ -16,8 +16,6 @@ from minference_jax.demo.service import outcome
 from minference_jax.demo.settings import Refused
 from minference_jax.measure import compare, encode_question
 
-pytestmark = pytest.mark.xdist_group("browser")  # one process compiles what both run
-
 
 def finish(job):
     for _ in range(12_000):

@@ -107,13 +107,11 @@ CASES = [case.name for case in CASES_A100]
 each_case = pytest.mark.parametrize("name", CASES)
 
 
-# One process of a parallel run compiles all that is for one card.
-ONE_CARD = {kind: [pytest.mark.xdist_group(kind)] for kind in CARDS}
-ONE_CARD["a100"].append(pytest.mark.slow)  # the same kernels: the second leg of the gate leaves them out
-on_an_h100 = pytest.mark.parametrize("kind", [pytest.param("h100", marks=ONE_CARD["h100"])], indirect=True)
+MARKS = {"h100": [], "a100": [pytest.mark.slow]}  # the same kernels: the second leg of the gate leaves the A100 out
+on_an_h100 = pytest.mark.parametrize("kind", ["h100"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(kind, marks=marks) for kind, marks in ONE_CARD.items()])
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=MARKS[kind]) for kind in CARDS])
 def kind(request):
     return request.param
 

@@ -70,11 +70,7 @@ CASES_H100 = [
 ]
 CASES_A100 = [product_case(dtype, AMPERE, dtype) for dtype in ("bfloat16", "float16", "float32")]
 
-ONE_CARD = {kind: [pytest.mark.xdist_group(kind)] for kind in ("a100", "h100")}
-on_an_h100, on_an_a100 = (
-    pytest.mark.parametrize("kind", [pytest.param(kind, marks=ONE_CARD[kind])], indirect=True)
-    for kind in ("h100", "a100")
-)
+on_an_h100, on_an_a100 = (pytest.mark.parametrize("kind", [kind], indirect=True) for kind in ("h100", "a100"))
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,12 @@ LOGITS_RELATIVE = 1e-4  # float32 sums in another order, over three layers; meas
 SHORT = ("default_untied", "qwen3", "phi3_longrope_long", "glm4")  # the others are left out by -m "not slow"
 
 
-def marks(name):
-    """One process of a parallel run has all of a model: its program is compiled once."""
-    return [pytest.mark.xdist_group(name), *([] if name in SHORT else [pytest.mark.slow])]
-
-
 CASES = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks(name)) for name in [*tiny_models.CASES, *families.CASES]]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow)
+        for name in [*tiny_models.CASES, *families.CASES]
+    ],
 )
 
 
