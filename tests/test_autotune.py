@@ -238,13 +238,14 @@ def test_a_wrong_result_of_the_default_is_one_sentence_and_stores_nothing(tmp_pa
 
 @pytest.mark.parametrize("command", ["prefill", "generate"])
 def test_a_model_is_loaded_with_the_tiles_of_the_named_file(command, tmp_path, monkeypatch, capsys):
-    given = []
-    monkeypatch.setattr("minference_jax.cli.inputs.load", lambda model, **options: given.append(options["tiles"]))
-    monkeypatch.setattr(f"minference_jax.cli.{command}_command.encode_prompt", None)
-    for more in ([], ["--tiles", "mine.json"]):
-        with pytest.raises(TypeError):  # nothing is there to encode the prompt
+    def stop(model, **options):
+        raise KeyError(options["tiles"])
+
+    monkeypatch.setattr("minference_jax.cli.inputs.load", stop)
+    for more, tiles in (([], None), (["--tiles", "mine.json"], "mine.json")):
+        with pytest.raises(KeyError) as told:
             cli.main([command, "--prompt", "one", *more])
-    assert given == [None, "mine.json"]
+        assert told.value.args == (tiles,)
     monkeypatch.undo()
     (tmp_path / "tiles.json").write_text("[]")
     assert cli.main([command, "--prompt", "one", "--tiles", str(tmp_path / "tiles.json")]) == 2
