@@ -38,8 +38,16 @@ def test_a_table_has_dense_beside_sparse_and_what_was_measured_again_once():
         ["| 131,072", "12.0", "4.00", "3.00", "0.25"],
     ]
     assert lines[2] == ""
-    assert "Sparse: minference (found.json), by `triton`; lists of activations of random weights." in table
+    assert "Sparse: minference (found.json), by `triton`; lists from activations of random weights." in table
     assert "llama3-8b, 32 layers, bfloat16;" in table
+
+
+def test_answers_and_auto_stand_in_columns_of_their_own():
+    rows = [*pair(decode_ms=20.0), *pair(length=8192, attention="auto")[1:]]
+    table = prefill_table.prefill_table(rows)
+    assert "| dense, ms/new token | sparse, ms/new token |" in table
+    assert ["auto: found.json" in line for line in table.splitlines()[2:4]] == [True, False]
+    assert "| 20.0 | 20.0 |" in table.splitlines()[3]
 
 
 def test_8_bit_linear_layers_have_a_table_of_their_own():

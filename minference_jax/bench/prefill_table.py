@@ -62,7 +62,8 @@ def label(one: dict[str, Any]) -> str:
     if one["attention"] == "dense":
         return ""
     blocks = ", block diagonals" if one["slash_granularity"] == "block" else ""
-    return f"{one['pattern']}{blocks}"
+    auto = "auto: " if one["attention"] == "auto" else ""
+    return f"{auto}{one['pattern']}{blocks}"
 
 
 def prefill_table(records: Iterable[dict[str, Any]]) -> str:
@@ -92,6 +93,8 @@ def _rows(group: Sequence[Pair]) -> list[str]:
         "sparse, tokens/s": [
             _cell(pair.sparse, lambda one: f"{one['tokens_per_second']:,.0f}", "tokens_per_second") for pair in group
         ],
+        "dense, ms/new token": [_cell(pair.dense, _decode, "decode_ms") for pair in group],
+        "sparse, ms/new token": [_cell(pair.sparse, _decode, "decode_ms") for pair in group],
         "dense, GB": [_gigabytes(pair.dense) for pair in group],
         "sparse, GB": [_gigabytes(pair.sparse) for pair in group],
         "sparse, planned GB": [
@@ -111,6 +114,10 @@ def _cell(one: dict[str, Any] | None, show: Any, name: str) -> str:
 
 def _seconds(one: dict[str, Any] | None, name: str) -> str:
     return _cell(one, lambda one: milliseconds(one[name] / 1e3), name)
+
+
+def _decode(one: dict[str, Any]) -> str:
+    return milliseconds(one["decode_ms"])
 
 
 def _gigabytes(one: dict[str, Any] | None) -> str:
@@ -134,7 +141,7 @@ def _caption(group: Sequence[Pair]) -> str:
     if sparse is not None:
         labels = {label(pair.sparse) for pair in group if pair.sparse is not None}
         what = f" ({labels.pop()})" if len(labels) == 1 else ""
-        text += f" Sparse: {sparse['attention']}{what}, by `{sparse['implementation']}`; lists of {sparse['lists']}."
+        text += f" Sparse: {sparse['attention']}{what}, by `{sparse['implementation']}`; lists from {sparse['lists']}."
     dense = next((pair.dense for pair in group if pair.dense is not None), None)
     if dense is not None:
         text += f" Dense: by `{dense['implementation']}`."
