@@ -43,18 +43,12 @@ class Meter:
         if not reset_host_peak():
             self.host_peak_of = "process"
         before = self.read_joules()
-        with self.watching():
+        with _sampled() as seen:
             yield
         after = self.read_joules()
         self.joules.append(None if before is None or after is None else after - before)
-        self.host_peak_bytes = _most(self.host_peak_bytes, host_peak())
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around a run of which the memory of the device alone is asked."""
-        with _sampled() as seen:
-            yield
         self.peak_bytes = _most(self.peak_bytes, *seen)
+        self.host_peak_bytes = _most(self.host_peak_bytes, host_peak())
 
 
 def _most(*values: int | None) -> int | None:

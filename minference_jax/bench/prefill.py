@@ -119,6 +119,7 @@ class PrefillBench:
         check_whole(chunk_size, self._policy)
         subject.model.sparse_on_device(implementation)
         self._subject, self._model, self._sparse = subject, subject.model, attention
+        self._split_model = nnx.split(subject.model.model)
         self._implementation, self._chunk_size, self._has_parts = implementation, chunk_size, has_parts
         self._repeats = {"dense": repeats if baseline_repeats is None else baseline_repeats}
         self._attentions = (self._sparse, DENSE) if self._repeats["dense"] else (self._sparse,)
@@ -207,7 +208,7 @@ class PrefillBench:
 
     def _read(self, tokens: np.ndarray, attend: Attend, patterns: PatternArrays | None) -> PrefillResult:
         """A prefill by the programs of `LanguageModel.prefill`, with any attention."""
-        graph, state = nnx.split(self._model.model)
+        graph, state = self._split_model
         config, chunk_size = self._model.config, self._chunk_size
         padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
         with memory_for("it"):
@@ -219,7 +220,7 @@ class PrefillBench:
     def _begin(self, side: _Side) -> None:
         """Compiles and warms; notes density, and how long an answer takes where one is asked for."""
         names = {"linear": "none", "dense": None, "auto": "auto"}
-        with memory_for("it"), side.meter.watching():
+        with memory_for("it"):
             side.timer.compile(names.get(side.name, self._implementation))
         read = side.timer.take()
         if side.name != "linear" and not np.isfinite(np.asarray(read.logits)).all():
