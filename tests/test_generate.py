@@ -328,6 +328,20 @@ def test_an_answer_that_grows_past_where_longrope_changes_is_refused_and_one_tha
     assert len(model.complete(long, max_new_tokens=4)[0].tokens) == 4
 
 
+def test_tokens_after_a_prefill_that_grow_past_where_longrope_changes_are_refused_to_the_last():
+    config = families.our_config("phi3_longrope_short")  # changes at 96 tokens
+    model = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)))
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, 98)
+    first = model.prefill(tokens[:90], attention="dense")
+    with pytest.raises(ValueError, match=r"^7 tokens after 90 grow past 96, where this model's longrope changes"):
+        model.extend(first, tokens[90:97])
+    whole = model.prefill(tokens[:96], attention="dense")
+    np.testing.assert_allclose(model.extend(first, tokens[90:96]).logits, whole.logits, rtol=1e-4, atol=1e-4)
+    long = model.extend(model.prefill(tokens[:97], attention="dense"), tokens[97:])
+    whole = model.prefill(tokens, attention="dense")
+    np.testing.assert_allclose(long.logits, whole.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_extended_prefill_is_that_of_the_whole_prompt(model):
     first = model.prefill(LONG_PROMPT[:90], attention="dense")
     once = model.extend(first, LONG_PROMPT[90:100])

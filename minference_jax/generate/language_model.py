@@ -15,7 +15,7 @@ from minference_jax.generate.chunks import check_chunk_size, check_whole, prefil
 from minference_jax.generate.decoding import Completion, decode_tokens, read_on
 from minference_jax.generate.offloaded import prefill_to_host
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, score_tokens
-from minference_jax.generate.prompts import Tokens, bucket_length, check_room, pad_prompts, stop_token_ids
+from minference_jax.generate.prompts import Tokens, bucket_length, check_more, check_room, pad_prompts, stop_token_ids
 from minference_jax.generate.sampling import Sampling
 from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
@@ -189,8 +189,9 @@ class LanguageModel:
             was dense the density of `prefilled`.
 
         Raises:
-            ValueError: ids that are not the model's tokens, another number of rows, too little room, as in `decode`,
-                an attention or pattern that `prefill` refuses, or sparse attention over another cache than the plain.
+            ValueError: ids that are not the model's tokens, another number of rows, too little room, a row that would
+                grow past the length at which longrope changes, an attention or pattern that `prefill` refuses, or
+                sparse attention over another cache than the plain.
             NotImplementedError: the named implementation can't do the call.
             MemoryError: the device has too little.
         """
@@ -199,7 +200,7 @@ class LanguageModel:
         if len(lengths) != len(padded):
             raise ValueError(f"tokens of {len(padded)} rows do not go on from a prefill of {len(lengths)}")
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-            self.check_room([length], count)
+            check_more(self.config, length, count)
         if not isinstance(prefilled.cache, KVCache):
             if attention != "dense" or pattern is not None or implementation is not None:
                 raise ValueError("behind another cache than the plain one more tokens are read with dense attention")

@@ -84,10 +84,9 @@ def check_room(config: DecoderConfig, lengths: Sequence[int], max_new_tokens: in
         raise ValueError(
             f"a prompt of {length} tokens and {max_new_tokens=} need {needed} positions, the model has {most}"
         )
-    rope = config.rope
-    if rope.rope_type != "longrope":
+    limit = _longrope_limit(config)
+    if limit is None:
         return
-    limit = rope.given("original_max_position_embeddings")
     crossing = [length for length in lengths if length <= limit < length + max_new_tokens - 1]
     if crossing:
         length = max(crossing)
@@ -96,6 +95,30 @@ def check_room(config: DecoderConfig, lengths: Sequence[int], max_new_tokens: in
             f"longrope changes for all of them: ask for at most {limit + 1 - length} tokens, then give prompt and "
             f"answer as a new prompt"
         )
+
+
+def check_more(config: DecoderConfig, length: int, count: int) -> None:
+    """Whether a row of `length` tokens has room for `count` more, all of which are read.
+
+    Raises:
+        ValueError: there are fewer positions, or the row would grow past the length at which longrope changes.
+    """
+    if length + count > config.max_length:
+        raise ValueError(
+            f"{count} tokens after {length} need {length + count} positions, the model has {config.max_length}"
+        )
+    limit = _longrope_limit(config)
+    if limit is not None and length <= limit < length + count:
+        raise ValueError(
+            f"{count} tokens after {length} grow past {limit}, where this model's longrope changes for all of them: "
+            f"give all of them as a new prompt"
+        )
+
+
+def _longrope_limit(config: DecoderConfig) -> int | None:
+    """Tokens of a row beyond which longrope turns all of them by other factors; None = the model has no longrope."""
+    rope = config.rope
+    return rope.given("original_max_position_embeddings") if rope.rope_type == "longrope" else None
 
 
 def stop_token_ids(stop_tokens: Sequence[int]) -> frozenset[int]:
