@@ -164,6 +164,7 @@ def test_bench_says_what_is_wrong_or_too_large_and_goes_on_with_the_others(monke
         (["--tiles", "64,64,4"], "'64,64,4' must be four integers"),
         (["--tiles", "64,48,4,2"], "block_kv=48 must be a power of two"),
         (["--activations", "nowhere.npz"], "nowhere.npz: No such file"),
+        (["--output", "/"], "/ is a folder: name a file"),
     ],
 )
 def test_what_can_not_be_measured_is_refused_in_one_sentence(options, sentence, capsys):
@@ -339,6 +340,23 @@ def test_fields_that_an_older_record_lacks_are_null(tmp_path):
     (one,) = records.read(tmp_path / "results.jsonl")
     assert tuple(one) == records.FIELDS
     assert (one["ms"], one["kernel_ms"]) == (3.0, None)
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_record_that_was_being_written_is_taken_off_and_no_other_line_is(cut, tmp_path):
+    path, line = tmp_path / "results.jsonl", json.dumps({"suite": "attention", "ms": 3.0, "jax": "0" * 40})
+    path.write_text(f"{line}\n{line[:cut]}")
+    assert len(records.read(path)) == 1
+    records.append(path, {"suite": "attention", "ms": 4.0})
+    assert [one["ms"] for one in records.read(path)] == [3.0, 4.0]
+    path.write_text(f"{line}\n{line}")  # whole, but for its line feed
+    records.append(path, {"suite": "attention", "ms": 4.0})
+    assert [one["ms"] for one in records.read(path)] == [3.0, 3.0, 4.0]
+    path.write_text("notes of mine")
+    records.append(path, {"suite": "attention", "ms": 4.0})
+    assert path.read_text().startswith("notes of mine\n{")
+    with pytest.raises(ValueError, match=r"results\.jsonl: line 1 is no record"):
+        records.read(path)
 
 
 def example(**given):

@@ -300,6 +300,8 @@ def test_shapes_are_configs_of_models_with_a_published_pattern_file(name):
         ([*A_SHAPE, "--pattern", "p.json"], "--pattern goes with --attention minference"),
         (["--pattern", "nowhere.json"], "nowhere.json: No such file"),
         (["--resume"], "--resume needs --output"),
+        (["--output", "/"], "/ is a folder: name a file"),
+        (["--output", __file__, "--resume"], "line 1 is no record"),
         (["--model", "nowhere"], "not allowed with argument"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,6 +63,9 @@ joules: of the whole card in one prefill, mean.
 """
 
 
+_BEGIN = b'{"suite": '
+
+
 def driver() -> str | None:
     """The driver's version where jax computes on an NVIDIA GPU; None elsewhere, or where it is not said."""
     if device_of().platform != "cuda":
@@ -118,13 +122,36 @@ def record(**measured: Any) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """All records of a file of JSON lines; fields that an older one does not have are null.
 
+    A last one that was being written when its run was ended is left out; `append` takes it off.
+
     Raises:
-      ValueError: a record has a field that is not in ``FIELDS``.
+      ValueError: a line is no record, or one has a field that is not in ``FIELDS``.
     """
-    records = [json.loads(line) for line in path.read_text().splitlines() if line]
-    for one in records:
-        _refuse_unknown(one)
-    return [{name: one.get(name) for name in FIELDS} for one in records]
+    lines = path.read_bytes().split(b"\n")
+    if _is_torn(lines[-1]):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            one = _object(line)
+            if one is None:
+                raise ValueError(f"{path}: line {number} is no record")
+            _refuse_unknown(one)
+            records.append({name: one.get(name) for name in FIELDS})
+    return records
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        one = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return one if isinstance(one, dict) else None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without its line feed is the beginning of a record."""
+    return line != b"" and _object(line) is None and (line.startswith(_BEGIN) or _BEGIN.startswith(line))
 
 
 def _refuse_unknown(one: dict[str, Any]) -> None:
@@ -134,10 +161,17 @@ def _refuse_unknown(one: dict[str, Any]) -> None:
 
 
 def append(path: Path, one: dict[str, Any]) -> None:
-    """Adds a record to a file of JSON lines, which is made where it does not exist."""
+    """Adds a record to a file of JSON lines, which is made where it does not exist.
+
+    The beginning of one, at the end of the file, is taken off: its run was ended while it was being written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    last = path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+    if _is_torn(last):
+        os.truncate(path, path.stat().st_size - len(last))
+        last = b""
     with path.open("a") as file:
-        file.write(json.dumps(one) + "\n")
+        file.write(("\n" if last else "") + json.dumps(one) + "\n")
 
 
 BASELINES = {

@@ -11,6 +11,7 @@ from minference_jax.bench.attention import Bench
 from minference_jax.bench.inputs import read_activations
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.records import append
+from minference_jax.cli.outputs import records_file
 from minference_jax.kernels.tiles import tiles_of
 
 
@@ -20,8 +21,10 @@ def run(arguments: argparse.Namespace) -> None:
     What does not fit the device or is wrong is said in one sentence each, and the other cases go on.
 
     Raises:
+      ValueError, NotImplementedError, OSError: what the options ask for can't be had.
       SystemExit: with code 1, where there was any of that.
     """
+    output = records_file(arguments.output)
     bench = Bench(
         implementation=arguments.implementation,
         tiles=None if arguments.tiles is None else tiles_of(*arguments.tiles),
@@ -39,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"minference-jax: error: {error}", file=sys.stderr, flush=True)
             continue
         print(json.dumps(record), flush=True)
-        if arguments.output is not None:
-            append(Path(arguments.output), record)
+        if output is not None:
+            append(output, record)
     if failed:
         raise SystemExit(1)

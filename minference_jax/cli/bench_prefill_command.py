@@ -7,13 +7,14 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from minference_jax.bench.prefill import PrefillBench, Subject
 from minference_jax.bench.random_model import first_layers, first_patterns, random_model
 from minference_jax.bench.records import append, read
 from minference_jax.bench.shapes import SHAPES
 from minference_jax.cli.inputs import check_pattern_option, choose_attention, load_model
+from minference_jax.cli.outputs import records_file
 from minference_jax.convert.hf_config import read_config
 from minference_jax.loading import choose_tiles
 from minference_jax.measure.energy import open_counter
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError, NotImplementedError, OSError: what the options ask for can't be had.
       SystemExit: with code 1, where something did not fit.
     """
-    output = None if arguments.output is None else Path(arguments.output)
+    output = records_file(arguments.output)
     if arguments.resume and output is None:
         raise ValueError("--resume needs --output, the file to go on with")
     there = read(output) if arguments.resume and output is not None and output.exists() else []

@@ -27,3 +27,17 @@ def check_output(path: str | os.PathLike[str], *, replaces: bool = False) -> Non
         raise ValueError(f"{file} can't be written: name another file")
     if (replaces or not file.exists()) and not os.access(file.parent, os.W_OK):
         raise ValueError(f"nothing can be written in {file.parent}: name a file elsewhere")
+
+
+def records_file(path: str | None) -> Path | None:
+    """The file to which a bench appends, its folder made where there is none; None = none is asked for.
+
+    Raises:
+        ValueError: as `check_output`.
+        OSError: the folder can't be made.
+    """
+    if path is None:
+        return None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
+    return Path(path)
