@@ -15,10 +15,10 @@ from minference_jax.bench import meters, prefill, prefill_parts, random_model, r
 from minference_jax.cli import bench_prefill_command
 from minference_jax.convert.hf_config import read_config
 from minference_jax.estimate import EstimateKernels
-from minference_jax.generate import programs
+from minference_jax.generate import LanguageModel, programs
 from minference_jax.generate.attend import choose_attend
 from minference_jax.measure import DENSE, CallTimer, attention_of, timing
-from minference_jax.models import parameters_of, quantize_linear
+from minference_jax.models import from_parameters, parameters_of, quantize_linear
 from minference_jax.patterns.published import PUBLISHED
 from minference_jax.patterns.registry import choose_published
 from minference_jax.tile_table import TileTable
@@ -193,6 +193,16 @@ def test_parts_are_timed_on_the_arrays_of_the_prefill_in_chunks_too(monkeypatch)
     keys = model.prefill(tokens, attention="dense", implementation="oracle", chunk_size=128).cache.k
     for layer, (k, _, length, _) in enumerate(seen[-3:]):
         np.testing.assert_allclose(k[:, :length], keys[layer, :, :length], atol=1e-5)
+
+
+def test_nothing_is_compiled_in_a_timed_part_of_a_model_that_was_loaded_to_a_device():
+    given = subject().model.model
+    parameters = jax.device_put(parameters_of(given), jax.devices()[0])  # committed, as `load` puts them
+    model = LanguageModel(from_parameters(given.config, parameters))
+    attend, _ = model.choose(128, "dense", None, "line", None)
+    prefill_parts._write.clear_cache()
+    prefill_parts.time_parts(model, np.arange(100), attend, None)
+    assert prefill_parts._write._cache_size() == 1
 
 
 def test_random_weights_are_those_that_the_models_begin_with():

@@ -92,6 +92,9 @@ class _Walk:
         """Reads; gives the sums."""
         config, capacity = self._config, self._tokens.shape[1]
         cache = init_cache(config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim, self._dtype)
+        leaf = jax.tree.leaves(self._state)[0]
+        if leaf.committed:  # as what each write makes is: else the first that is timed would compile another program
+            cache = jax.device_put(cache, leaf.sharding)
         held = [cache.k, cache.v]
         del cache
         for start in range(0, int(self._lengths[0]), self._chunk):
