@@ -269,13 +269,17 @@ def test_stop_tokens_that_are_no_ids_are_refused(model):
         ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature=0"),
         ({"temperature": 1.0}, r"give key=jax.random.key\(seed\)"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 must be an integer"),
         ({"max_new_tokens": 105}, "24 tokens and max_new_tokens=105 need 129 positions, the model has 128"),
     ],
 )
-def test_impossible_options_are_refused_before_the_first_token(model, options, message):
+def test_impossible_options_are_refused_before_the_first_token(model, options, message, monkeypatch):
     prefilled = model.prefill(PROMPT, attention="dense")
     with pytest.raises(ValueError, match=message):
         model.decode(prefilled, **({"max_new_tokens": 4} | options))
+    monkeypatch.setattr(LanguageModel, "prefill", None)  # and before a prompt is read
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPT, **({"max_new_tokens": 4} | options))
 
 
 @pytest.mark.parametrize(

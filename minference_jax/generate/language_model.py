@@ -16,7 +16,7 @@ from minference_jax.generate.decoding import Completion, decode_tokens, read_on
 from minference_jax.generate.offloaded import prefill_to_host
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, score_tokens
 from minference_jax.generate.prompts import Tokens, bucket_length, check_more, check_room, pad_prompts, stop_token_ids
-from minference_jax.generate.sampling import Sampling
+from minference_jax.generate.sampling import check_answer
 from minference_jax.generate.streaming import TextPieces, decode_text, text_pieces
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
@@ -279,10 +279,7 @@ class LanguageModel:
                 would grow past the length at which longrope changes. At the call, not at the first token.
             MemoryError: the device has too little, at a token.
         """
-        sampling = Sampling(temperature=temperature, top_p=top_p)
-        sampling.check_key(key)
-        if max_new_tokens < 1:
-            raise ValueError(f"{max_new_tokens=} must be at least 1")
+        sampling = check_answer(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key)
         lengths = np.asarray(prefilled.cache.length).tolist()
         self.check_room(lengths, max_new_tokens)
         return decode_tokens(self._graph, self._state, prefilled, max(lengths), max_new_tokens, sampling, key)
@@ -372,7 +369,11 @@ class LanguageModel:
                 raise ValueError(f"prompt {tokens.index('')} is empty")
             tokens = [self.encode(text) for text in tokens]
         _, lengths = pad_prompts(tokens, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        self.check_room(lengths.tolist(), options.get("max_new_tokens", 1))  # before minutes of reading
+        answer = {name: value for name, value in options.items() if name != "stop_tokens"}
+        stops = options.get("stop_tokens")
+        stop_token_ids(() if stops is None else stops)  # as in `decode` and `complete`, but before minutes of reading
+        check_answer(**answer)
+        self.check_room(lengths.tolist(), answer["max_new_tokens"])
         how: dict[str, Any] = {"slash_granularity": slash_granularity, "implementation": implementation}
         how |= {"chunk_size": chunk_size, "kv_cache": kv_cache}
         prefilled = self.prefill(tokens, attention=attention, pattern=pattern, **how)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,23 @@ class Sampling:
         if self.temperature == 0 and self.top_p != 1:
             raise ValueError(f"top_p={self.top_p} has no effect at temperature=0; give a temperature above 0")
 
-    def check_key(self, key: jax.Array | None) -> None:
-        """Raises ValueError where tokens are to be drawn and there is no key for it."""
-        if self.temperature > 0 and key is None:
-            raise ValueError(f"temperature={self.temperature} draws tokens at random: give key=jax.random.key(seed)")
+
+def check_answer(
+    *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, key: jax.Array | None = None
+) -> Sampling:
+    """How the tokens of an answer are chosen; arguments as in `LanguageModel.decode`.
+
+    Raises:
+        ValueError: options out of range, or no key where tokens are to be drawn.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature={temperature} draws tokens at random: give key=jax.random.key(seed)")
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"{max_new_tokens=} must be an integer")
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    return sampling
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
