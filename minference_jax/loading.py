@@ -19,7 +19,7 @@ from minference_jax.convert.checkpoint import (
 from minference_jax.convert.default_model import fetch_default_model
 from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.sources import locate, source_config
-from minference_jax.convert.weight_source import Progress
+from minference_jax.convert.weight_source import Progress, read_dtype
 from minference_jax.generate import LanguageModel
 from minference_jax.models import DecoderConfig, abstract_model, from_parameters, quantize_parameters
 from minference_jax.models.fp8 import check_linear
@@ -95,11 +95,14 @@ def load_shapes(
 
     Args:
         model, linear, patterns, tiles: as in `load`; of a hub id only the config is downloaded.
-        dtype: of parameters, activations and cache.
+        dtype: of parameters, activations and cache: "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError, OSError: as `load`.
     """
+    if dtype is None:
+        raise ValueError("dtype=None, as the weights are stored, is not known without them: name a dtype")
+    read_dtype(dtype)
     small_files = locate(model, weights=False)
     config = load_config(small_files)
     chosen = choose_patterns(small_files, config, patterns, name=model)

@@ -97,8 +97,11 @@ def refusal(plan: MemoryPlan, others: list[MemoryPlan]) -> str:
     if not others:
         return f"{said}: read a shorter prompt or fewer at once"
     least = min(others, key=lambda other: other.needed_bytes)
-    given = {name: value for name, value in least.changed.items() if value is not None}
-    how = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    has_chunks = any(program.name == "chunk" for program in plan.programs)
+    given = {f"--{name.replace('_', '-')}": value for name, value in least.changed.items()}
+    options = [f"{name} {value}" for name, value in given.items() if value is not None]
+    options += [f"no {name}" for name, value in given.items() if value is None and has_chunks]
+    how = " and ".join(options)
     if least.fits:
         return f"{said}: with {how} it takes {gigabytes(least.needed_bytes)}"
     return f"{said}; with {how}, the least that was tried, it takes {gigabytes(least.needed_bytes)}"

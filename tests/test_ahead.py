@@ -76,6 +76,8 @@ def test_the_memory_told_is_that_of_weights_cache_and_more_for_longer_prompts(mo
     [
         ([], {}, r"lengths=\[\] must be one or more"),
         ([0], {}, r"lengths=\[0\] must be one or more"),
+        ([10.0], {}, r"lengths=\[10.0\], batch=1 and max_new_tokens=0 must be integers"),
+        ([10], {"batch": 1.5}, "batch=1.5 and"),
         ([10], {"batch": 0}, "batch=0 must be at least 1"),
         ([10], {"max_new_tokens": -1}, "max_new_tokens=-1 at least 0"),
         ([CONTEXT], {"max_new_tokens": 1}, f"a prompt of {CONTEXT} tokens and max_new_tokens=1 need"),

@@ -49,8 +49,18 @@ def test_what_does_not_fit_is_refused_with_figures_and_the_setting_that_fits(sha
     assert [one.changed.get("kv_cache") for one in every] == [None, None, "int8", "snapkv"]
     least = min(every, key=lambda one: one.needed_bytes).needed_bytes
     assert f", the least that was tried, it takes {least / 1e9:.2f} GB" in refusal(plan, every)
+    chunked = plan_memory(shapes, 500, chunk_size=128, limit_bytes=1, **A_SHAPE)
+    whole = next(one for one in every if one.changed.get("kv_cache") == "int8")
+    assert "; with --kv-cache int8 and no --chunk-size, the least" in refusal(chunked, [whole])
+    assert "; with --kv-cache int8, the least" in refusal(plan, [whole])
     assert not list(other_plans(shapes, 500, kv_cache="int8", limit_bytes=1, **A_SHAPE))
     assert refusal(plan, []).endswith("read a shorter prompt or fewer at once")
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "wide"])
+def test_shapes_are_of_a_dtype_that_models_have(folder, dtype):
+    with pytest.raises(ValueError, match=f"^dtype={dtype!r}"):
+        load_shapes(folder, dtype=dtype)
 
 
 def test_the_command_prints_the_memory_and_refuses_what_does_not_fit(folder, capsys):

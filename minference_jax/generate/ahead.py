@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from minference_jax.cache import AnyPolicy, Host, KVCache, init_cache, policy_of
@@ -77,9 +78,11 @@ def compile_ahead(
         ValueError, NotImplementedError: as `LanguageModel.prefill` and `LanguageModel.decode`, before anything is
             compiled; a cache in host memory, which is filled and read by other programs.
     """
+    if not all(isinstance(number, int | np.integer) for number in (*lengths, batch, max_new_tokens)):
+        raise ValueError(f"lengths={list(lengths)}, {batch=} and {max_new_tokens=} must be integers")
     if batch < 1 or max_new_tokens < 0:
         raise ValueError(f"{batch=} must be at least 1 and {max_new_tokens=} at least 0")
-    if not lengths or min(lengths) < 1:
+    if len(lengths) == 0 or min(lengths) < 1:
         raise ValueError(f"lengths={list(lengths)} must be one or more positive numbers of tokens")
     check_room(model.config, lengths, max_new_tokens)
     chunks.check_chunk_size(chunk_size)
