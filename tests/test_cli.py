@@ -258,7 +258,7 @@ def test_patterns_are_checked_against_a_model(run, model):
         ("prefill --prompt x --model MODEL --implementation abacus", "implementation='abacus' is not one of"),
         ("generate --prompt x --model MODEL --seed 3", "--seed has no effect at --temperature 0"),
         ("generate --prompt x --model MODEL --temperature 1 --seed 99999999999999999999", "must be between 0 and"),
-        ("generate --prompt x --model MODEL --top-p 0.5", "top_p=0.5 has no effect at temperature=0"),
+        ("generate --prompt x --model nowhere --top-p 0.5", "top_p=0.5 has no effect at temperature=0"),
         ("generate --prompt x --stop=", "--stop needs a text that is not empty"),
         ("convert nowhere there", "nowhere does not exist"),
         ("patterns show absent.json", "absent.json: No such file or directory"),

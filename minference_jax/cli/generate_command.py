@@ -10,12 +10,15 @@ import jax
 
 from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.progress import Steps, wants_bars
+from minference_jax.generate.sampling import check_answer
 from minference_jax.patterns.release import is_release
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the prompt and prints the answer as it comes."""
     attention, text, key = choose_attention(arguments), read_prompt(arguments), random_key(arguments)
+    how = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    check_answer(**how, key=key)
     if "" in arguments.stop:
         raise ValueError("--stop needs a text that is not empty")
     model = load_model(arguments)
@@ -34,13 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             kv_cache=arguments.kv_cache,
         )
         jax.block_until_ready(prefilled)
-    pieces = model.stream(
-        prefilled,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        key=key,
-    )
+    pieces = model.stream(prefilled, **how, key=key)
     for piece in until_stop(pieces, arguments.stop):
         print(piece, end="", flush=True)
     print()
