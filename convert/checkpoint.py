@@ -44,6 +44,7 @@ from minference_jax.convert.weight_source import (
 )
 from minference_jax.implementations import memory_for
 from minference_jax.models import DecoderConfig, parameter_shardings
+from minference_jax.models.fp8 import check_linear
 from minference_jax.patterns.registry import resolve_patterns
 
 FORMAT_NAME = "minference-jax/checkpoint"
@@ -118,7 +119,12 @@ def convert_model(
 
 
 def load_parameters(
-    source: Source, *, dtype: str | None = None, mesh: Mesh | None = None, progress: Progress | None = None
+    source: Source,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+    linear: str | None = None,
 ) -> tuple[DecoderConfig, dict[str, jax.Array]]:
     """Config and parameters of a model, ready for `minference_jax.models.from_parameters`.
 
@@ -131,20 +137,27 @@ def load_parameters(
         mesh: devices to split the parameters over, by `minference_jax.models.parameter_shardings` along its axis
             "model"; None = the default device.
         progress: called as (bytes loaded, bytes in all, parameter) after every part.
+        linear: as in `load`: each weight is quantised as soon as it is there, and only one is held in `dtype`. Not
+            with a mesh.
 
     Returns:
-        The config, and name -> array, those of layers stacked [L, ...], kernels [in, out].
+        The config, and name -> array, those of layers stacked [L, ...], kernels [in, out]; with `linear` what
+        `minference_jax.models.quantize_parameters` makes of them.
 
     Raises:
-        ValueError: as in `convert_model`; a checkpoint that is incomplete or damaged; a mesh that does not fit.
+        ValueError: as in `convert_model`; a checkpoint that is incomplete or damaged; a mesh that does not fit; an
+            unknown `linear`.
         MemoryError: the devices have too little.
     """
+    check_linear(linear)
+    if linear is not None and mesh is not None:
+        raise ValueError(f"{linear=} does not go with a mesh")
     with memory_for(f"the model {source}"):
-        return _load_parameters(source, dtype, mesh, progress)
+        return _load_parameters(source, dtype, mesh, progress, linear)
 
 
 def _load_parameters(
-    source: Source, dtype: str | None, mesh: Mesh | None, progress: Progress | None
+    source: Source, dtype: str | None, mesh: Mesh | None, progress: Progress | None, linear: str | None
 ) -> tuple[DecoderConfig, dict[str, jax.Array]]:
     path, chosen = locate(source), read_dtype(dtype)
     if is_checkpoint(path):
@@ -153,13 +166,13 @@ def _load_parameters(
         with closing(TensorStore(path / WEIGHTS_FOLDER, manifest["groups"])) as store:
             check_store(store, config, path)
             chosen = chosen or DTYPES[manifest["dtype"]]
-            return config, place(config, chosen, stored_parts(store, config), progress, shardings)
+            return config, place(config, chosen, stored_parts(store, config), progress, shardings, linear)
     with closing(open_source(path)) as opened:
         config = read_config(opened.config)
         shardings = None if mesh is None else parameter_shardings(config, mesh)
         parameters = match_weights(opened, config)
         chosen = chosen or stored_dtype(opened, parameters)
-        return config, place(config, chosen, source_parts(opened, parameters), progress, shardings)
+        return config, place(config, chosen, source_parts(opened, parameters), progress, shardings, linear)
 
 
 def load_config(source: Source) -> DecoderConfig:

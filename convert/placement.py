@@ -18,7 +18,7 @@ from minference_jax.convert.hf_names import Parameter, layer_key, layers_of
 from minference_jax.convert.hf_weights import WeightError
 from minference_jax.convert.store import TensorStore
 from minference_jax.convert.weight_source import PART_BYTES, Progress, WeightSource, too_large
-from minference_jax.models import DecoderConfig, parameter_shapes
+from minference_jax.models import DecoderConfig, parameter_shapes, quantize_parameters
 
 _READ_AT_ONCE = 2**26  # bytes; how many layers of a small tensor are read from a checkpoint in one go
 
@@ -119,6 +119,7 @@ def place(
     parts: Parts,
     progress: Progress | None,
     shardings: Mapping[str, Sharding] | None = None,
+    linear: str | None = None,
 ) -> dict[str, jax.Array]:
     """All parameters as arrays on their devices. Host memory: two parts, and what of them is copied for the devices.
 
@@ -128,6 +129,7 @@ def place(
         parts: reads the parts of a parameter.
         progress: called after every part.
         shardings: of every parameter; None = all on the default device.
+        linear: as in `load`; each weight is quantised as soon as it is there, and let go.
 
     Raises:
         ValueError: a number that dtype can't hold.
@@ -143,8 +145,11 @@ def place(
             done += part.array.size * dtype.itemsize
             if progress is not None:
                 progress(done, total, name)
-        arrays[name] = target.finish()
-    return {name: arrays[name] for name in shapes}
+        one = {name: target.finish()}
+        del target
+        arrays |= one if linear is None else quantize_parameters(one)
+        del one
+    return arrays if linear is not None else {name: arrays[name] for name in shapes}
 
 
 class _Target:

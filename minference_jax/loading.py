@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import get_args
 
-import jax
 import platformdirs
 
 from minference_jax.convert.checkpoint import (
@@ -21,7 +20,7 @@ from minference_jax.convert.hf_tokenizer import has_tokenizer
 from minference_jax.convert.sources import locate, source_config
 from minference_jax.convert.weight_source import Progress, read_dtype
 from minference_jax.generate import LanguageModel
-from minference_jax.models import DecoderConfig, abstract_model, from_parameters, quantize_parameters
+from minference_jax.models import DecoderConfig, abstract_model, from_parameters
 from minference_jax.models.fp8 import check_linear
 from minference_jax.patterns import HeadPattern, ModelPatterns, uniform_patterns
 from minference_jax.patterns.registry import resolve_patterns
@@ -78,9 +77,8 @@ def load(
     has_text = not small_files.is_dir() or has_tokenizer(small_files)
     tokenizer = load_tokenizer(small_files) if has_text else None
     stop_tokens = load_stop_tokens(small_files)
-    config, parameters = load_parameters(model, dtype=dtype, progress=progress)
-    module = from_parameters(config, parameters if linear is None else _quantized(parameters))
-    return LanguageModel(module, tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
+    config, parameters = load_parameters(model, dtype=dtype, progress=progress, linear=linear)
+    return LanguageModel(from_parameters(config, parameters), tokenizer, chosen, stop_tokens=stop_tokens, tiles=table)
 
 
 def load_shapes(
@@ -107,14 +105,6 @@ def load_shapes(
     config = load_config(small_files)
     chosen = choose_patterns(small_files, config, patterns, name=model)
     return LanguageModel(abstract_model(config, dtype=dtype, linear=linear), None, chosen, tiles=choose_tiles(tiles))
-
-
-def _quantized(parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """`quantize_parameters` of all, taken out of `parameters` one by one, so that each one's memory is free again."""
-    quantized: dict[str, jax.Array] = {}
-    while parameters:
-        quantized |= quantize_parameters(dict([parameters.popitem()]))
-    return quantized
 
 
 def _default_model(cache_dir: str | os.PathLike[str] | None, progress: Progress | None) -> Path:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import platformdirs
@@ -16,6 +17,7 @@ from minference_jax import (
     TileTable,
     convert_model,
     load,
+    load_parameters,
     loading,
     uniform_patterns,
     write_patterns,
@@ -89,11 +91,24 @@ def test_linear_layers_are_8_bit_where_asked_for(folder):
     assert np.abs(expected - exact.prefill(prompt, attention="dense").logits).max() > 0
 
 
-def test_a_weight_is_let_go_when_its_8_bit_form_is_there():
-    given = {f"layers.mlp.{name}_proj.kernel": jnp.ones((2, 8, 4)) for name in ("up", "gate")} | {"x": jnp.ones(3)}
-    quantized = loading._quantized(given)
-    assert given == {}
-    assert len(quantized) == 5
+def test_a_weight_is_let_go_when_its_8_bit_form_is_there(folder):
+    begun, held = set(), []
+
+    def note(done, total, name):
+        if name in begun:
+            return
+        begun.add(name)
+        wide = [x for x in jax.live_arrays() if x.shape == (NUM_LAYERS, 32, 48) and x.dtype == jnp.float16]
+        held.append(len(wide))  # gate_proj and up_proj, of this dtype in this test alone
+
+    load(folder, dtype="float16", linear="fp8", progress=note)
+    assert {"layers.mlp.gate_proj.kernel", "layers.mlp.up_proj.kernel"} <= begun
+    assert max(held) == 1
+
+
+def test_8_bit_linear_layers_do_not_go_with_a_mesh(folder):
+    with pytest.raises(ValueError, match="linear='fp8' does not go with a mesh"):
+        load_parameters(folder, linear="fp8", mesh=jax.make_mesh((1,), ("model",)))
 
 
 def test_another_kind_of_linear_layers_is_refused_before_weights_are_read(folder, monkeypatch):
