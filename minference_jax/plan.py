@@ -50,7 +50,7 @@ def plan_memory(
     changed: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> MemoryPlan:
-    """Compiles what reads a prompt and what answers, runs nothing, and tells the memory.
+    """Compiles for jax's default device what reads a prompt and what answers, runs nothing, and tells the memory.
 
     Args:
         model: may have shapes in place of weights, as `load_shapes` gives it.

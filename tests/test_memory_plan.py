@@ -7,6 +7,7 @@ from small_models import write_model
 from minference_jax import AShape, compile_ahead, load
 from minference_jax.cli import main
 from minference_jax.loading import load_shapes
+from minference_jax.measure import device_name
 from minference_jax.plan import other_plans, plan_memory, refusal
 
 A_SHAPE = {"attention": "a_shape", "pattern": AShape(sink_size=4, window_size=40)}
@@ -68,6 +69,7 @@ def test_the_command_prints_the_memory_and_refuses_what_does_not_fit(folder, cap
     assert main(options) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith("prefill      1        320 ")
+    assert f" are needed on {device_name()}, " in out
     assert out.rstrip().endswith("what there is is not known")
     assert main([*options, "--memory", "0.0001"]) == 1
     captured = capsys.readouterr()

@@ -10,6 +10,7 @@ from minference_jax.cli.inputs import check_pattern_option, choose_attention
 from minference_jax.convert.hf_config import read_config
 from minference_jax.generate import LanguageModel
 from minference_jax.loading import choose_tiles, load_shapes
+from minference_jax.measure import device_name
 from minference_jax.models import abstract_model
 from minference_jax.patterns.registry import resolve_patterns
 from minference_jax.plan import gigabytes, other_plans, plan_memory, refusal
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not plan.fits:
         raise MemoryError(refusal(plan, list(other_plans(model, arguments.length, **asked))))
     known = "what there is is not known" if plan.limit_bytes is None else f"of {gigabytes(plan.limit_bytes)}"
-    print(f"{gigabytes(plan.needed_bytes)} are needed, {gigabytes(plan.weight_bytes)} of them for weights; {known}")
+    needed, weights = gigabytes(plan.needed_bytes), gigabytes(plan.weight_bytes)
+    print(f"{needed} are needed on {device_name()}, {weights} of them for weights; {known}")
 
 
 def _model(arguments: argparse.Namespace) -> LanguageModel:
