@@ -150,10 +150,16 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
 
 
+def mosaic_gpu_slot_keys(head_dim: int) -> int:
+    """Keys of a stage of the Mosaic GPU kernel: above 128 a warpgroup's registers hold no more than 64 scores a row."""
+    return 128 if head_dim <= 128 else 64
+
+
 def mosaic_gpu_shared_memory_bytes(tiles: TileConfig, head_dim: int) -> int:
     """Shared memory of the Mosaic GPU kernel, in bytes: queries, the keys and values of every stage, rest."""
     row = -(-head_dim // 64) * 64 * 2
-    return (1 + 2 * tiles.num_stages) * 128 * row + 512 * tiles.num_stages + 1024
+    rows = 128 + 2 * tiles.num_stages * mosaic_gpu_slot_keys(head_dim)
+    return rows * row + 512 * tiles.num_stages + 1024
 
 
 def check_mosaic_gpu_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:

@@ -1,0 +1,112 @@
+"""What a computing warpgroup of the Mosaic GPU kernel does where head_dim is above 128: 64 queries, 64 keys at a time.
+
+The sums of weight * value alone take half of a thread's registers and more. So the scores of a step's half, their
+softmax and the product with the values follow each other, and each half of a step has a slot of shared memory to
+itself. The warpgroup has the turn at the tensor cores from one half's values to the scores of the next; in between it
+is the other's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from minference_jax.kernels.program_mosaic_gpu import Order, Part
+from minference_jax.kernels.warpgroup_mosaic_gpu import LAYOUT, Accumulator, Warpgroup
+from minference_jax.kernels.warpgroup_steps import HALF
+
+
+class WideWarpgroup(Warpgroup):
+    """One of the two that compute; see ``Warpgroup``."""
+
+    def keys(self, part: Part) -> Any:
+        """Those of a slot that it uses."""
+        return pl.ds(0, HALF)
+
+    def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
+        """All steps of a part. It has the turn before and after each."""
+
+        def at_an_end(i, acc):
+            return self.take(part, order.at_an_end(i), order.number + i, True, acc)
+
+        def between(place, acc):
+            return self.take(part, place, order.number_between(place), False, acc)
+
+        acc = lax.fori_loop(0, order.masked, at_an_end, acc)
+        return acc if part.of_columns else lax.fori_loop(order.near, order.inside, between, acc)
+
+    def take(self, part: Part, place, number, masked: bool, acc: Accumulator) -> Accumulator:
+        """One step: both its halves, or its own."""
+        if not part.split:
+            for half in range(2):
+                acc = self.take_half(part, place, number, half, masked, acc)
+            return acc
+        pl.when(self.number == 1)(lambda: self.pass_by(number, 0))
+        acc = self.take_half(part, place, number, self.number, masked, acc)
+        pl.when(self.number == 0)(lambda: self.pass_by(number, 1))
+        return acc
+
+    def pass_by(self, number, half: int) -> None:
+        """Frees a half that only the other warpgroup uses."""
+        held, slot = self.program.held, self.program.slot(number, half)
+        for name in "kv":
+            plgpu.barrier_wait(held[f"{name}_here"].at[slot])
+            plgpu.barrier_arrive(held[f"{name}_free"].at[slot])
+
+    def take_half(self, part: Part, place, number, half, masked: bool, acc: Accumulator) -> Accumulator:
+        """Half a step: its scores, their weights, and those times the values."""
+        held, slot = self.program.held, self.program.slot(number, half)
+        scores = self.scores(part, slot)
+        if part.of_columns:
+            plgpu.barrier_wait(held["first_here"].at[slot])
+        if masked:
+            scores = jnp.where(self.seen(part, place, slot, half), scores, -jnp.inf)
+        plgpu.barrier_arrive(held["k_free"].at[slot])
+        largest = scores.max(axis=1) * self.program.scale
+        if self.program.log2_threshold is None:
+            return self.add_half(part, slot, acc, scores, largest)
+        plgpu.commit_smem()  # all have read the votes on the half before
+        matter = self.matter(acc, largest, number)
+        return lax.cond(
+            matter > 0,
+            lambda *values: self.add_half(part, slot, *values),
+            lambda acc, *_: self.leave_half(slot, acc),
+            acc,
+            scores,
+            largest,
+        )
+
+    def scores(self, part: Part, slot) -> Array:
+        """Queries times the keys of a slot: float32 [64, 64]. Passes the turn."""
+
+        def run(scores):
+            self.add_scores(scores, slot, self.keys(part))
+            plgpu.barrier_arrive(self.others_turn)
+
+        plgpu.barrier_wait(self.program.held["k_here"].at[slot])
+        nothing = plgpu.layout_cast(jnp.zeros((HALF, HALF), jnp.float32), LAYOUT)
+        return pl.run_state(run)(plgpu.ACC.init(nothing))
+
+    def add_half(self, part: Part, slot, acc: Accumulator, scores, largest) -> Accumulator:
+        """The softmax, and the weights times the values of a slot."""
+        acc, weights = self.weigh(acc, scores, largest)
+        self.await_values(slot)
+        run = lambda outs: self.add_values(outs, weights, slot, self.keys(part))  # noqa: E731
+        out = pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in acc.out))
+        plgpu.barrier_arrive(self.program.held["v_free"].at[slot])
+        return acc._replace(out=tuple(out))
+
+    def leave_half(self, slot, acc: Accumulator) -> Accumulator:
+        """As ``add_half``, of values that nothing is to be added of."""
+        self.await_values(slot)
+        plgpu.barrier_arrive(self.program.held["v_free"].at[slot])
+        return acc
+
+    def await_values(self, slot) -> None:
+        """Waits for the values of a slot and the turn."""
+        plgpu.barrier_wait(self.program.held["v_here"].at[slot])
+        plgpu.barrier_wait(self.turn)
