@@ -29,22 +29,25 @@ class WideWarpgroup(Warpgroup):
 
     def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
         """All steps of a part. It has the turn before and after each."""
+        halves = 1 if part.split else 2
 
         def at_an_end(i, acc):
-            return self.take(part, order.at_an_end(i), order.number + i, True, acc)
+            i, half = lax.div(i, halves), lax.rem(i, halves)
+            return self.take(part, order.at_an_end(i), order.number + i, half, True, acc)
 
-        def between(place, acc):
-            return self.take(part, place, order.number_between(place), False, acc)
+        def between(i, acc):
+            place, half = lax.div(i, halves), lax.rem(i, halves)
+            return self.take(part, place, order.number_between(place), half, False, acc)
 
-        acc = lax.fori_loop(0, order.masked, at_an_end, acc)
-        return acc if part.of_columns else lax.fori_loop(order.near, order.inside, between, acc)
-
-    def take(self, part: Part, place, number, masked: bool, acc: Accumulator) -> Accumulator:
-        """One step: both its halves, or its own."""
-        if not part.split:
-            for half in range(2):
-                acc = self.take_half(part, place, number, half, masked, acc)
+        acc = lax.fori_loop(0, order.masked * halves, at_an_end, acc)
+        if part.of_columns:
             return acc
+        return lax.fori_loop(order.near * halves, order.inside * halves, between, acc)
+
+    def take(self, part: Part, place, number, half, masked: bool, acc: Accumulator) -> Accumulator:
+        """Half a step that both use, or a step of which each uses its own half."""
+        if not part.split:
+            return self.take_half(part, place, number, half, masked, acc)
         pl.when(self.number == 1)(lambda: self.pass_by(number, 0))
         acc = self.take_half(part, place, number, self.number, masked, acc)
         pl.when(self.number == 0)(lambda: self.pass_by(number, 1))
