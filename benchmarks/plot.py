@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minference_jax.bench.prefill_table import label, prefill_groups
+from minference_jax.bench.prefill_table import label, prefill_groups, variant
 from minference_jax.bench.records import groups, read
 
 FOLDER = Path(__file__).parent
@@ -88,11 +88,11 @@ def draw_prefill_times(group):
             ("without attention", pair.any, "linear_ms"),
         ):
             if row is not None and row[field] is not None:
-                lines.setdefault(name, {})[row["length"]] = row[field] / 1e3
+                lines.setdefault(name + variant(row), {})[row["length"]] = row[field] / 1e3
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in lines.items():
-        style = "x--" if name in ("dense", "without attention") else "o-"
+        style = "x--" if name.startswith(("dense", "without attention")) else "o-"
         axes.plot(sorted(points), [points[length] for length in sorted(points)], style, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -117,7 +117,7 @@ def draw_prefill_parts(group):
         axes.bar(places, values, bottom=bottom, label=name)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.axhline(1, color="black", linewidth=0.8, label="the whole prefill")
-    names = [f"{row['length']:,}\n{'dense' if row['attention'] == 'dense' else 'sparse'}" for row in rows]
+    names = [f"{row['length']:,}\n{'dense' if row['attention'] == 'dense' else 'sparse'}{variant(row)}" for row in rows]
     axes.set_xticks(list(places), names, fontsize="x-small")
     axes.set_ylabel("part, timed alone : whole prefill")
     figure.legend(loc="outside lower center", ncols=4, fontsize="x-small")
@@ -125,18 +125,18 @@ def draw_prefill_parts(group):
 
 
 def draw_prefills(records, folder, suffix="png"):
-    """Writes the figures of the prefill suite for each model, device and commit, and gives their paths."""
+    """Writes the figures of the prefill suite for each model and device, and gives their paths."""
     paths = []
     for group in prefill_groups(records):
         row = group[0].any
         folder.mkdir(parents=True, exist_ok=True)
         chunks = f"chunks {row['chunk_size']}" if row["chunk_size"] else ""
         layers = f"{row['layers']} of {row['model_layers']} layers"
-        name = f"{row['device']} {row['commit']} {row['case']} {row['dtype']} {row['layers']} {chunks}"
+        name = f"{row['device']} {row['case']} {row['dtype']} {row['layers']} {chunks}"
         place = re.sub(r"\W+", "_", name).strip("_")
         for kind, figure in {"times": draw_prefill_times(group), "parts": draw_prefill_parts(group)}.items():
             if figure is not None:
-                title = f"{row['case']}, {layers}, {row['dtype']}, {row['device']}, commit {row['commit']}"
+                title = f"{row['case']}, {layers}, {row['dtype']}, {row['device']}"
                 figure.suptitle(title, fontsize="small", x=0.02, ha="left")
                 paths.append(folder / f"{place}_prefill_{kind}.{suffix}")
                 figure.savefig(paths[-1], dpi=150)

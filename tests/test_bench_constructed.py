@@ -59,7 +59,7 @@ def test_records_say_so_and_the_lists_are_other_ones(model):
     (_, sparse), (_, constructed) = (
         list(bench(model, has_parts=False, **how).measure(450)) for how in ({}, {"local_share": 0.5})
     )
-    assert constructed["lists"].startswith("constructed lists, 50% of slashes nearest")
+    assert constructed["lists"].startswith("a construction, 50% of slashes nearest")
     assert sparse["lists"] == "activations"
     assert constructed["density"] != sparse["density"]
     assert constructed["ms"] > 0

@@ -1,7 +1,6 @@
 """The prefill suite: what it records and refuses."""
 
 import json
-import time
 from dataclasses import replace
 
 import jax
@@ -322,45 +321,6 @@ def test_without_lengths_those_that_the_model_reads_are_measured():
         prefill.PrefillBench(subject(), attention_of("dense"))
 
 
-class Device:
-    """A device whose memory in use is first little, then much, then little."""
-
-    def __init__(self):
-        self.used = iter([1, 10, 1000, 10])
-
-    def memory_stats(self):
-        return {"bytes_in_use": next(self.used, 10)}
-
-
-def test_a_meter_tells_the_peak_and_the_joules_of_its_own_runs(monkeypatch):
-    counter = iter([100.0, 130.0, 200.0, 250.0])
-    meter, other = meters.Meter(lambda: next(counter)), meters.Meter(lambda: None)
-    device = Device()
-    monkeypatch.setattr(meters.jax, "devices", lambda: [device])
-    monkeypatch.setattr(meters, "SAMPLE_SECONDS", 0.001)
-    for _ in range(2):
-        with meter.running():
-            time.sleep(0.1)
-    with other.running():
-        time.sleep(0.1)
-    assert (meter.joules, meter.peak_bytes) == ([30.0, 50.0], 1000)
-    assert (other.joules, other.peak_bytes) == ([None], 10)
-    assert meter.host_peak_bytes > 2**20
-
-
-def test_a_peak_of_host_memory_begins_anew_where_the_system_lets_it():
-    def peak(size):
-        meter = meters.Meter(lambda: None)
-        with meter.running():
-            np.ones(size, np.uint8)
-        return meter
-
-    large, small = peak(2**28), peak(1)
-    if small.host_peak_of == "process":
-        pytest.skip("this system does not let a process begin its peak anew")
-    assert large.host_peak_bytes > small.host_peak_bytes + 2**27
-
-
 def side(seconds, joules):
     timer = CallTimer(lambda name: np.zeros(1))
     timer.seconds = list(seconds)
@@ -388,3 +348,13 @@ def test_auto_is_measured_as_what_it_stands_for():
     assert auto["kernel_ms"] > 0
     assert auto["index_ms"] is None
     assert auto["ratio"] == auto["ms"] / dense["ms"]
+
+
+def test_an_answer_is_timed_behind_each_prefill_and_needs_room():
+    bench = prefill.PrefillBench(subject(), attention_of("a_shape"), repeats=1, has_parts=False, max_new_tokens=3)
+    assert bench.plan(None) == [507]
+    with pytest.raises(ValueError, match="508 tokens was asked for, tiny can read 507"):
+        bench.plan([508])
+    dense, sparse = bench.measure(100)
+    assert dense["decode_ms"] > 0
+    assert sparse["decode_ms"] > 0

@@ -23,8 +23,8 @@ def pair(dense_ms=12000.0, **given):
     """Records of a run: dense, then sparse."""
     sparse = {"attention": "minference", "pattern": "found.json", "implementation": "triton", "index_ms": 60.0}
     sparse |= {"lists": "activations of random weights", "density": 0.25, "slash_granularity": "line"}
-    sparse |= {"baseline_ms": dense_ms, "ratio": 4000.0 / dense_ms}
-    dense = {"ms": dense_ms, "kernel_ms": dense_ms - 3000}
+    sparse |= {"baseline_ms": dense_ms, "ratio": dense_ms and 4000.0 / dense_ms}
+    dense = {"ms": dense_ms, "kernel_ms": dense_ms and dense_ms - 3000}
     return [example(**{**dense, **given}), example(**{**sparse, **given})]
 
 
@@ -38,14 +38,34 @@ def test_a_table_has_dense_beside_sparse_and_what_was_measured_again_once():
         ["| 131,072", "12.0", "4.00", "3.00", "0.25"],
     ]
     assert lines[2] == ""
-    assert "Sparse: minference (found.json), by `triton`; lists of activations of random weights." in table
+    assert lines[3].startswith("| tokens | without attention, s | dense attention, s |")
+    assert [line.split(" | ")[:3] for line in lines[5:7]] == [
+        ["| 8,192", "3.00", "2.00"],
+        ["| 131,072", "3.00", "9.00"],
+    ]
+    assert "Sparse: minference (found.json), by `triton`; lists from activations of random weights." in table
     assert "llama3-8b, 32 layers, bfloat16;" in table
 
 
-def test_8_bit_linear_layers_have_a_table_of_their_own():
-    tables = prefill_table.prefill_table([*pair(), *pair(linear="fp8", dense_ms=9000.0)]).split("\n\n")
-    assert ["linear layers of fp8" in table for table in tables[1::2]] == [False, True]
-    assert ["| 12.0 |" in table for table in tables[::2]] == [True, False]
+def test_answers_and_auto_stand_in_columns_of_their_own():
+    rows = [*pair(decode_ms=20.0), *pair(length=8192, attention="auto")[1:]]
+    table = prefill_table.prefill_table(rows)
+    assert "| dense, ms/new token | sparse, ms/new token |" in table
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:4]] == ["auto", "minference"]
+    assert "| 20.0 | 20.0 |" in table.splitlines()[3]
+
+
+def test_caches_linear_layers_and_commits_share_a_table():
+    rows = [*pair(), *pair(linear="fp8", dense_ms=9000.0, commit="later"), *pair(kv_cache="int8", dense_ms=None)[1:]]
+    table = prefill_table.prefill_table(rows)
+    lines = [line.split(" | ") for line in table.splitlines()]
+    assert lines[0][:4] == ["| tokens", "cache", "linear layers", "dense, s"]
+    assert [line[1:4] for line in lines[2:5]] == [
+        ["int8", "bfloat16", ""],
+        ["plain", "bfloat16", "12.0"],
+        ["plain", "fp8", "9.00"],
+    ]
+    assert "commit abc and later" in table
 
 
 def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():
@@ -56,7 +76,7 @@ def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():
     assert "the first 8 of 32 layers" in table
     alone = sparse | {"baseline_ms": None, "ratio": None}
     assert prefill_table.prefill_table([alone]).splitlines()[2].startswith("| 131,072 | 4.00 | 0.25 |")
-    assert prefill_table.prefill_table([dense]).splitlines()[2].startswith("| 131,072 | 12.0 | 3.00 |")
+    assert prefill_table.prefill_table([dense]).splitlines()[2].startswith("| 131,072 | 12.0 | 48.0 |")
     assert prefill_table.prefill_table([]) == prefill_table.prefill_table([{**example(), "suite": "models"}]) == ""
 
 
@@ -74,10 +94,10 @@ def test_a_section_has_table_and_pictures_and_there_is_none_without_records(tmp_
 def test_plots_are_drawn_of_whole_prefills(tmp_path):
     pytest.importorskip("matplotlib")
     draw = runpy.run_path(str(ROOT / "benchmarks" / "plot.py"))["draw_prefills"]
-    rows = [*pair(), *pair(length=8192), *pair(commit="other", kernel_ms=None, linear_ms=None)]
+    rows = [*pair(), *pair(length=8192), *pair(device="another", kernel_ms=None, linear_ms=None)]
     paths = draw(rows, tmp_path / "plots")
     kinds = [path.stem.partition("_prefill_")[2] for path in paths]
-    assert sorted(kinds) == ["parts", "times", "times"]  # one of the commits has no parts
+    assert sorted(kinds) == ["parts", "times", "times"]  # one of the devices has no parts
     assert all(path.stat().st_size > 0 for path in paths)
     assert draw([], tmp_path / "nothing") == []
     assert not (tmp_path / "nothing").exists()

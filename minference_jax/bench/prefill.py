@@ -89,6 +89,7 @@ class PrefillBench:
       repeats: timed prefills, after one that compiles and warms.
       baseline_repeats: of dense attention; None = as `repeats`, 0 = it is left out.
       has_parts: whether parts are timed, too, and a prefill without attention.
+      max_new_tokens: timed apart, behind the first prefill of each attention; 0 = none.
       joules: reads an energy counter; gives None where there is none.
 
     Raises:
@@ -108,6 +109,7 @@ class PrefillBench:
         repeats: int = 3,
         baseline_repeats: int | None = None,
         has_parts: bool = True,
+        max_new_tokens: int = 0,
         joules: Callable[[], float | None] = lambda: None,
     ):
         if attention.name == DENSE.name:
@@ -117,10 +119,11 @@ class PrefillBench:
         check_whole(chunk_size, self._policy)
         subject.model.sparse_on_device(implementation)
         self._subject, self._model, self._sparse = subject, subject.model, attention
+        self._split_model = nnx.split(subject.model.model)
         self._implementation, self._chunk_size, self._has_parts = implementation, chunk_size, has_parts
         self._repeats = {"dense": repeats if baseline_repeats is None else baseline_repeats}
         self._attentions = (self._sparse, DENSE) if self._repeats["dense"] else (self._sparse,)
-        self._default_repeats, self._joules = repeats, joules
+        self._default_repeats, self._joules, self._max_new_tokens = repeats, joules, max_new_tokens
         if isinstance(self._policy, Host) and (attention.name == "auto" or local_share is not None):
             raise ValueError("kv_cache='host' goes neither with attention='auto' nor with constructed lists here")
         self._local_share = local_share
@@ -138,14 +141,19 @@ class PrefillBench:
         """The lengths to measure, the shortest first, each once; None = those of `LENGTHS` that the model reads.
 
         Raises:
-          ValueError: the model can't read so many tokens.
+          ValueError: the model can't read so many tokens, or has no room behind them for those that it makes.
         """
-        most = self._model.config.max_length
+        most = self._model.config.max_length - self._made
         if lengths is None:
             return [length for length in LENGTHS if length <= most] or [most]
         if max(lengths) > most:
             raise ValueError(f"a length of {max(lengths)} tokens was asked for, {self._subject.name} can read {most}")
         return sorted(set(lengths))
+
+    @property
+    def _made(self) -> int:
+        """Tokens that are made behind a prompt: the timed ones, after two that compile and warm."""
+        return self._max_new_tokens and self._max_new_tokens + 2
 
     def is_measured(self, length: int, records: Sequence[dict[str, Any]]) -> bool:
         """Whether records hold both attentions at a length, with these settings, on this device and of this commit."""
@@ -200,7 +208,7 @@ class PrefillBench:
 
     def _read(self, tokens: np.ndarray, attend: Attend, patterns: PatternArrays | None) -> PrefillResult:
         """A prefill by the programs of `LanguageModel.prefill`, with any attention."""
-        graph, state = nnx.split(self._model.model)
+        graph, state = self._split_model
         config, chunk_size = self._model.config, self._chunk_size
         padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
         with memory_for("it"):
@@ -210,7 +218,7 @@ class PrefillBench:
             return prefill(graph, state, padded, lengths, patterns, attend, policy)
 
     def _begin(self, side: _Side) -> None:
-        """Compiles and warms; notes density."""
+        """Compiles and warms; notes density, and how long an answer takes where one is asked for."""
         names = {"linear": "none", "dense": None, "auto": "auto"}
         with memory_for("it"):
             side.timer.compile(names.get(side.name, self._implementation))
@@ -218,6 +226,8 @@ class PrefillBench:
         if side.name != "linear" and not np.isfinite(np.asarray(read.logits)).all():
             raise WrongResult("its logits are not finite")
         side.facts["density"] = 1.0 if read.density is None else float(np.asarray(read.density).mean())
+        if self._made and side.name != "linear":
+            side.facts["decode"] = _median_token_ms(self._model.decode(read, max_new_tokens=self._made))
 
     def _guarded(
         self, sides: dict[str, _Side], side: _Side, length: int, do: Callable[[_Side], None], what: str = ""
@@ -278,7 +288,7 @@ class PrefillBench:
     def _lists(self) -> str:
         if self._local_share is None:
             return self._subject.lists
-        return f"constructed lists, {self._local_share:.0%} of slashes nearest, beside an estimate that chooses nothing"
+        return f"a construction, {self._local_share:.0%} of slashes nearest, beside an estimate that chooses nothing"
 
     def _planned(self, attention: ChosenAttention, length: int) -> int | None:
         """Bytes that the compiler says a prefill takes; None = of a cache in host memory it says nothing."""
@@ -317,6 +327,7 @@ class PrefillBench:
             "estimate_ms": side.facts.get("mass"),
             "index_ms": side.facts.get("index"),
             "kernel_ms": side.facts.get("kernel"),
+            "decode_ms": side.facts.get("decode"),
             "peak_bytes": side.meter.peak_bytes,
             "planned_bytes": self._planned(attention, length),
             "host_peak_bytes": side.meter.host_peak_bytes,
@@ -337,6 +348,17 @@ class PrefillBench:
 
 def _median_ms(side: _Side) -> float:
     return 1e3 * statistics.median(side.timer.seconds)
+
+
+def _median_token_ms(tokens: Iterator[np.ndarray]) -> float:
+    """Median milliseconds of a token, without the first two: one is there already, the next compiles and warms."""
+    next(tokens), next(tokens)
+    seconds, before = [], time.perf_counter()
+    for _ in tokens:
+        now = time.perf_counter()
+        seconds.append(now - before)
+        before = now
+    return 1e3 * statistics.median(seconds)
 
 
 def _run(side: _Side) -> None:

@@ -21,6 +21,7 @@ FIELDS = (
     *("chunk_size", "kv_cache"),
     *("density", "ms", "ms_spread", "extrapolated_ms", "tokens_per_second", "compile_ms"),
     *("linear_ms", "cache_ms", "estimate_ms", "index_ms", "kernel_ms", "baseline", "baseline_ms", "ratio"),
+    "decode_ms",
     *(
         "tflops_kept",
         "tflops_baseline",
@@ -53,6 +54,7 @@ everything but attention, with the embedding, the writes to the cache and the lo
 cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
 every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
 less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.
+decode_ms: of one token of an answer behind the prompt, median.
 lists: what the lists were estimated from, live, in each prefill. kv_cache: the policy's name. peak_bytes: of the
 device, seen during the case's own timed runs; planned_bytes: what `plan_memory` says of the same prefill.
 host_peak_bytes: of the process, in these runs where host_peak_of is "case", since it began where it is "process".

@@ -84,6 +84,18 @@ def _add_prefill(suites: Any) -> None:
         help="construct the lists, this share of each head's slashes the nearest, the rest at random: random weights "
         "have no structure of their own (lists are estimated; the estimate runs in any case)",
     )
+    _add_prefill_runs(parser)
+    _add_output(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out lengths that --output has already, of this commit, device and settings",
+    )
+    add_progress(parser)
+    add_attention(parser, SPARSE_NAMES)
+
+
+def _add_prefill_runs(parser: Parser) -> None:
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
     parser.add_argument(
         "--baseline-repeats", type=not_negative, metavar="N", help="of dense attention, 0 = none (as --repeats)"
@@ -94,14 +106,13 @@ def _add_prefill(suites: Any) -> None:
         default=True,
         help="time the parts of attention and a prefill without it, too (yes)",
     )
-    _add_output(parser)
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="leave out lengths that --output has already, of this commit, device and settings",
+        "--max-new-tokens",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="time the tokens of an answer of so many after a prefill, too (0)",
     )
-    add_progress(parser)
-    add_attention(parser, SPARSE_NAMES)
 
 
 def _add_output(parser: Parser) -> None:

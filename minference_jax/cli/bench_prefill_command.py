@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         baseline_repeats=arguments.baseline_repeats,
         has_parts=arguments.parts,
+        max_new_tokens=arguments.max_new_tokens,
         joules=open_counter(os.environ.get("CUDA_VISIBLE_DEVICES")).read,
     )
     failed = False

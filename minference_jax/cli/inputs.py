@@ -46,8 +46,8 @@ def load_model(arguments: argparse.Namespace) -> LanguageModel:
 
 def check_pattern_option(arguments: argparse.Namespace) -> None:
     """Refuses, with ValueError, --pattern without attention that reads it."""
-    if arguments.pattern is not None and arguments.attention != "minference":
-        raise ValueError(f"--pattern goes with --attention minference, not with {arguments.attention}")
+    if arguments.pattern is not None and arguments.attention not in ("minference", "auto"):
+        raise ValueError(f"--pattern goes with --attention minference or auto, not with {arguments.attention}")
 
 
 def choose_attention(arguments: argparse.Namespace) -> ChosenAttention:

@@ -296,7 +296,7 @@ def add_attention(parser: Parser, choices: tuple[str, ...] = ATTENTION_NAMES, de
         f"({default})",
     )
     group.add_argument(
-        "--pattern", metavar="PATH", help=f"patterns for minference, instead of the model's own: {PATTERN_HELP}"
+        "--pattern", metavar="PATH", help=f"patterns for minference and auto, not the model's own: {PATTERN_HELP}"
     )
     for name, kind, unit in (
         ("--vertical-size", "vertical_slash", "keys that all queries see, in tokens"),
