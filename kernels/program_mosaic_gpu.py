@@ -93,7 +93,10 @@ class Program(NamedTuple):
 
     def slot(self, number: Array, half: Array | int = 0) -> Array:
         """Where step ``number`` lies in shared memory, or a half of it that has a slot to itself."""
-        return lax.rem(number * (WHOLE // self.slot_keys) + half, jnp.int32(self.tiles.num_stages))
+        pieces, stages = WHOLE // self.slot_keys, self.tiles.num_stages
+        if stages % pieces:
+            return lax.rem(number * pieces + half, jnp.int32(stages))
+        return lax.rem(number, jnp.int32(stages // pieces)) * pieces + half  # the same, in fewer registers
 
     def head_dims(self, chunk: int) -> Any:
         """A part of head_dim, zeros where it ends: only a start that is not static may leave less than a chunk."""
@@ -204,6 +207,7 @@ def _bring(program: Program, part: Part, place: Array, number: Array) -> None:
     inputs, held = program.inputs, program.held
     sequence, head, tile = program.place
     width = program.slot_keys
+    slots = [program.slot(number, piece) for piece in range(WHOLE // width)]
     starts = [part.start(place, half) for half in range(WHOLE // HALF)]
     if part.of_columns:
         k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
@@ -211,7 +215,7 @@ def _bring(program: Program, part: Part, place: Array, number: Array) -> None:
         kv_head = lax.div(head, jnp.int32(program.group_size))
         k_from, v_from = (x.at[sequence, :, kv_head] for x in (program.k, program.v))
     for piece, (source, name) in itertools.product(range(WHOLE // width), ((k_from, "k"), (v_from, "v"))):
-        slot = program.slot(number, piece)
+        slot = slots[piece]
         plgpu.barrier_wait(held[f"{name}_free"].at[slot])
         if part.of_columns and name == "k":
             for warpgroup in range(COMPUTE):

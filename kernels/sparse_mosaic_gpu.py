@@ -22,8 +22,8 @@ from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, 
 from minference_jax.kernels.softmax import valid_rows
 from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_slot_keys
 from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
-from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
+from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
 
 
 def dense(

@@ -27,6 +27,10 @@ class WideWarpgroup(Warpgroup):
         """Those of a slot that it uses."""
         return pl.ds(0, HALF)
 
+    def slot(self, number, half) -> Array:
+        """Where half a step lies. The compiler is not told that it may be the same each time: it would keep addresses."""
+        return lax.optimization_barrier(self.program.slot(number, half))
+
     def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
         """All steps of a part. It has the turn before and after each."""
         halves = 1 if part.split else 2
@@ -48,21 +52,21 @@ class WideWarpgroup(Warpgroup):
         """Half a step that both use, or a step of which each uses its own half."""
         if not part.split:
             return self.take_half(part, place, number, half, masked, acc)
-        pl.when(self.number == 1)(lambda: self.pass_by(number, 0))
+        pl.when(self.number == 1)(lambda: self.pass_by(number))
         acc = self.take_half(part, place, number, self.number, masked, acc)
-        pl.when(self.number == 0)(lambda: self.pass_by(number, 1))
+        pl.when(self.number == 0)(lambda: self.pass_by(number))
         return acc
 
-    def pass_by(self, number, half: int) -> None:
-        """Frees a half that only the other warpgroup uses."""
-        held, slot = self.program.held, self.program.slot(number, half)
+    def pass_by(self, number) -> None:
+        """Frees the half of a split step that only the other warpgroup uses."""
+        held, slot = self.program.held, self.slot(number, 1 - self.number)
         for name in "kv":
             plgpu.barrier_wait(held[f"{name}_here"].at[slot])
             plgpu.barrier_arrive(held[f"{name}_free"].at[slot])
 
     def take_half(self, part: Part, place, number, half, masked: bool, acc: Accumulator) -> Accumulator:
         """Half a step: its scores, their weights, and those times the values."""
-        held, slot = self.program.held, self.program.slot(number, half)
+        held, slot = self.program.held, self.slot(number, half)
         scores = self.scores(part, slot)
         if part.of_columns:
             plgpu.barrier_wait(held["first_here"].at[slot])
