@@ -141,7 +141,8 @@ class Warpgroup(NamedTuple):
             carry = lax.fori_loop(order.near + 1 - has_masked, order.inside, between, carry)
         acc, pending = carry
         last = order.number + order.end - 1
-        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, last, acc, pending), acc)
+        slot = self.program.slot(last)
+        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, slot, acc, pending), acc)
 
     def nothing(self, part: Part) -> Pending:
         """No weights."""
@@ -167,18 +168,20 @@ class Warpgroup(NamedTuple):
         if self.program.log2_threshold is None:
             acc, weights = self.weigh(acc, scores, largest)
             return acc, Pending(weights, None)
-        matter = self.matter(acc, largest, number)
+        # Two places in turn: until all have read one, the barrier of the next step keeps it.
+        matter = self.matter(acc, largest, lax.rem(number, jnp.int32(2)))
         leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
         acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
         return acc, Pending(weights, matter)
 
-    def matter(self, acc: Accumulator, largest, number) -> Array:
-        """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
+    def matter(self, acc: Accumulator, largest, place) -> Array:
+        """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed.
+
+        place: int32 [], of the votes in their shared memory.
+        """
         program, first = self.program, self.program.held["first"]
         threshold: Any = program.log2_threshold
-        # Two places in turn: until all have read one, the barrier of the next step keeps it.
-        place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(first.shape[2] // HALF)) * HALF, HALF), HALF)
-        votes = first.at[first.shape[0] - 1, self.number, place]
+        votes = first.at[first.shape[0] - 1, self.number, pl.ds(pl.multiple_of(place * HALF, HALF), HALF)]
         below = largest < acc.top + threshold
         votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
@@ -210,9 +213,9 @@ class Warpgroup(NamedTuple):
         plgpu.barrier_arrive(held["v_free"].at[last])
         return acc._replace(out=tuple(out)), scores
 
-    def finish(self, part: Part, number, acc: Accumulator, pending: Pending) -> Accumulator:
+    def finish(self, part: Part, slot, acc: Accumulator, pending: Pending) -> Accumulator:
         """Adds the values of a part's last step."""
-        slot, held = self.program.slot(number), self.program.held
+        held = self.program.held
         plgpu.barrier_wait(held["v_here"].at[slot])
         plgpu.barrier_wait(self.turn)
 

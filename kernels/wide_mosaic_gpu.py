@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.program_mosaic_gpu import Order, Part
-from minference_jax.kernels.warpgroup_mosaic_gpu import LAYOUT, Accumulator, Warpgroup
+from minference_jax.kernels.warpgroup_mosaic_gpu import LAYOUT, Accumulator, Pending, Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF
 
 
@@ -75,17 +75,15 @@ class WideWarpgroup(Warpgroup):
         plgpu.barrier_arrive(held["k_free"].at[slot])
         largest = scores.max(axis=1) * self.program.scale
         if self.program.log2_threshold is None:
-            return self.add_half(part, slot, acc, scores, largest)
-        plgpu.commit_smem()  # all have read the votes on the half before
-        matter = self.matter(acc, largest, number)
-        return lax.cond(
-            matter > 0,
-            lambda *values: self.add_half(part, slot, *values),
-            lambda acc, *_: self.leave_half(slot, acc),
-            acc,
-            scores,
-            largest,
-        )
+            acc, weights = self.weigh(acc, scores, largest)
+            pending = Pending(weights, None)
+        else:
+            plgpu.commit_smem()  # all have read the votes on the half before
+            matter = self.matter(acc, largest, lax.optimization_barrier(jnp.int32(0)))
+            leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
+            acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
+            pending = Pending(weights, matter)
+        return self.finish(part, slot, acc, pending)
 
     def scores(self, part: Part, slot) -> Array:
         """Queries times the keys of a slot: float32 [64, 64]. Passes the turn."""
@@ -97,23 +95,3 @@ class WideWarpgroup(Warpgroup):
         plgpu.barrier_wait(self.program.held["k_here"].at[slot])
         nothing = plgpu.layout_cast(jnp.zeros((HALF, HALF), jnp.float32), LAYOUT)
         return pl.run_state(run)(plgpu.ACC.init(nothing))
-
-    def add_half(self, part: Part, slot, acc: Accumulator, scores, largest) -> Accumulator:
-        """The softmax, and the weights times the values of a slot."""
-        acc, weights = self.weigh(acc, scores, largest)
-        self.await_values(slot)
-        run = lambda outs: self.add_values(outs, weights, slot, self.keys(part))  # noqa: E731
-        out = pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in acc.out))
-        plgpu.barrier_arrive(self.program.held["v_free"].at[slot])
-        return acc._replace(out=tuple(out))
-
-    def leave_half(self, slot, acc: Accumulator) -> Accumulator:
-        """As ``add_half``, of values that nothing is to be added of."""
-        self.await_values(slot)
-        plgpu.barrier_arrive(self.program.held["v_free"].at[slot])
-        return acc
-
-    def await_values(self, slot) -> None:
-        """Waits for the values of a slot and the turn."""
-        plgpu.barrier_wait(self.program.held["v_here"].at[slot])
-        plgpu.barrier_wait(self.turn)
