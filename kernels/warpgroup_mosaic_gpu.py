@@ -157,35 +157,46 @@ class Warpgroup(NamedTuple):
         Returns:
           The accumulator without the values of this step, and their weights.
         """
-        held, slot = self.program.held, self.program.slot(number)
+        slot = self.program.slot(number)
         acc, scores = self.multiply(part, number, acc, pending)
+        scores = self.mask(part, place, slot, self.number if part.split else 0, scores, masked)
+        return self.soften(number, acc, scores)
+
+    def mask(self, part: Part, place, slot, half, scores, masked: bool) -> Array:
+        """The scores of keys from the beginning of a half on, -inf where they must not count. Frees the keys."""
+        held = self.program.held
         if part.of_columns:
             plgpu.barrier_wait(held["first_here"].at[slot])
         if masked:
-            scores = jnp.where(self.seen(part, place, slot, self.number if part.split else 0), scores, -jnp.inf)
+            scores = jnp.where(self.seen(part, place, slot, half), scores, -jnp.inf)
         plgpu.barrier_arrive(held["k_free"].at[slot])
+        return scores
+
+    def soften(self, number, acc: Accumulator, scores) -> tuple[Accumulator, Pending]:
+        """The softmax of a step's scores, unless it is left out."""
         largest = scores.max(axis=1) * self.program.scale
         if self.program.log2_threshold is None:
             acc, weights = self.weigh(acc, scores, largest)
             return acc, Pending(weights, None)
-        # Two places in turn: until all have read one, the barrier of the next step keeps it.
-        matter = self.matter(acc, largest, lax.rem(number, jnp.int32(2)))
+        matter = self.matter(acc, largest, number)
         leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
         acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
         return acc, Pending(weights, matter)
 
-    def matter(self, acc: Accumulator, largest, place) -> Array:
-        """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed.
-
-        place: int32 [], of the votes in their shared memory.
-        """
+    def matter(self, acc: Accumulator, largest, number) -> Array:
+        """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
         program, first = self.program, self.program.held["first"]
         threshold: Any = program.log2_threshold
-        votes = first.at[first.shape[0] - 1, self.number, pl.ds(pl.multiple_of(place * HALF, HALF), HALF)]
+        place = pl.ds(pl.multiple_of(self.place_of_votes(number) * HALF, HALF), HALF)
+        votes = first.at[first.shape[0] - 1, self.number, place]
         below = largest < acc.top + threshold
         votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
         return plgpu.load(votes, *_ALL, layout=_COLUMNS, optimized=False).max().astype(jnp.int32)
+
+    def place_of_votes(self, number) -> Array:
+        """One of two in turn: until all have read one, the barrier of the next step keeps it."""
+        return lax.rem(number, jnp.int32(2))
 
     def multiply(self, part: Part, number, acc: Accumulator, pending: Pending | None) -> tuple[Accumulator, Array]:
         """At the tensor cores: the scores of a step, and the pending weights times the values of the one before."""
@@ -214,7 +225,7 @@ class Warpgroup(NamedTuple):
         return acc._replace(out=tuple(out)), scores
 
     def finish(self, part: Part, slot, acc: Accumulator, pending: Pending) -> Accumulator:
-        """Adds the values of a part's last step."""
+        """Adds the values of a slot that no later step adds. It has the turn then."""
         held = self.program.held
         plgpu.barrier_wait(held["v_here"].at[slot])
         plgpu.barrier_wait(self.turn)

@@ -1,9 +1,10 @@
 """What a computing warpgroup of the Mosaic GPU kernel does where head_dim is above 128: 64 queries, 64 keys at a time.
 
-The sums of weight * value alone take half of a thread's registers and more. So the scores of a step's half, their
-softmax and the product with the values follow each other, and each half of a step has a slot of shared memory to
-itself. The warpgroup has the turn at the tensor cores from one half's values to the scores of the next; in between it
-is the other's.
+The sums of weight * value alone take half of a thread's registers and more. So the scores of half a step, their softmax
+and the product with the values follow each other, and each half has a slot of shared memory to itself. The warpgroup
+has the turn at the tensor cores from the values of one half to the scores of the next; in between the other has it.
+
+Barriers of optimization keep addresses from being held in registers from step to step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.program_mosaic_gpu import Order, Part
-from minference_jax.kernels.warpgroup_mosaic_gpu import LAYOUT, Accumulator, Pending, Warpgroup
+from minference_jax.kernels.warpgroup_mosaic_gpu import LAYOUT, Accumulator, Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF
 
 
@@ -27,12 +28,8 @@ class WideWarpgroup(Warpgroup):
         """Those of a slot that it uses."""
         return pl.ds(0, HALF)
 
-    def slot(self, number, half) -> Array:
-        """Where half a step lies. The compiler is not told that it may be the same each time: it would keep addresses."""
-        return lax.optimization_barrier(self.program.slot(number, half))
-
     def run(self, part: Part, order: Order, acc: Accumulator) -> Accumulator:
-        """All steps of a part. It has the turn before and after each."""
+        """All steps of a part. It has the turn before and after each half."""
         halves = 1 if part.split else 2
 
         def at_an_end(i, acc):
@@ -65,31 +62,25 @@ class WideWarpgroup(Warpgroup):
             plgpu.barrier_arrive(held[f"{name}_free"].at[slot])
 
     def take_half(self, part: Part, place, number, half, masked: bool, acc: Accumulator) -> Accumulator:
-        """Half a step: its scores, their weights, and those times the values."""
-        held, slot = self.program.held, self.slot(number, half)
-        scores = self.scores(part, slot)
-        if part.of_columns:
-            plgpu.barrier_wait(held["first_here"].at[slot])
-        if masked:
-            scores = jnp.where(self.seen(part, place, slot, half), scores, -jnp.inf)
-        plgpu.barrier_arrive(held["k_free"].at[slot])
-        largest = scores.max(axis=1) * self.program.scale
-        if self.program.log2_threshold is None:
-            acc, weights = self.weigh(acc, scores, largest)
-            pending = Pending(weights, None)
-        else:
-            plgpu.commit_smem()  # all have read the votes on the half before
-            matter = self.matter(acc, largest, lax.optimization_barrier(jnp.int32(0)))
-            leave = lambda acc, scores, _: (acc, scores.astype(self.program.q.dtype))  # noqa: E731
-            acc, weights = lax.cond(matter > 0, self.weigh, leave, acc, scores, largest)
-            pending = Pending(weights, matter)
-        return self.finish(part, slot, acc, pending)
+        """Half a step: its scores, their softmax, and the weights times the values."""
+        slot = self.slot(number, half)
+        scores = self.mask(part, place, slot, half, self.scores(part, slot), masked)
+        return self.finish(part, slot, *self.soften(number, acc, scores))
+
+    def place_of_votes(self, number) -> Array:
+        """The only one: before votes are stored, all have read those before."""
+        return lax.optimization_barrier(jnp.int32(0))
+
+    def slot(self, number, half) -> Array:
+        """Where half a step lies."""
+        return lax.optimization_barrier(self.program.slot(number, half))
 
     def scores(self, part: Part, slot) -> Array:
         """Queries times the keys of a slot: float32 [64, 64]. Passes the turn."""
+        warpgroup = self._replace(number=lax.optimization_barrier(self.number))
 
         def run(scores):
-            self.add_scores(scores, slot, self.keys(part))
+            warpgroup.add_scores(scores, slot, self.keys(part))
             plgpu.barrier_arrive(self.others_turn)
 
         plgpu.barrier_wait(self.program.held["k_here"].at[slot])
