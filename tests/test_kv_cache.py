@@ -191,19 +191,19 @@ def test_a_device_without_host_memory_is_refused(model, monkeypatch):
 
 def test_what_can_not_be_right_is_refused(model, tmp_path):
     prefilled = model.prefill(PROMPTS, kv_cache="int8", **DENSE)
-    with pytest.raises(ValueError, match="behind another cache than the plain one"):
-        model.extend(prefilled, MORE, attention="minference")
-    with pytest.raises(ValueError, match="a prefill in chunks takes kv_cache='plain', 'snapkv' is for"):
-        model.prefill(PROMPTS, kv_cache="snapkv", chunk_size=128, **DENSE)
-    with pytest.raises(ValueError, match="only a prefill with kv_cache='plain' can be saved"):
-        save_prefill(prefilled, tmp_path / "x", model)
+    for name in ("host", "snapkv"):
+        with pytest.raises(ValueError, match=f"a prefill in chunks takes kv_cache='plain', 'int8' or 'fp8'; '{name}' is"):
+            model.prefill(PROMPTS, kv_cache=name, chunk_size=128, **DENSE)
+    with pytest.raises(ValueError, match="can't be saved: save the prefill before it is extended"):
+        save_prefill(model.extend(prefilled, MORE), tmp_path / "x", model)
     with pytest.raises(ValueError, match="kv_cache='int4' must be a cache policy or one of plain, int8, fp8, host"):
         model.prefill(PROMPTS, kv_cache="int4", **DENSE)
     with pytest.raises(NotImplementedError, match="can't be compiled ahead"):
         compile_ahead(model, [200], kv_cache="host", **DENSE)
-    cache = SplitCache(prefilled.cache, init_cache(2, 2, 128, 2, 8, np.float32))
-    with pytest.raises(ValueError, match="is read with dense attention only"):
-        model.model(jnp.asarray(PROMPTS[0][None, :4].repeat(2, 0)), cache, attend=print)
+    compressed = model.prefill(PROMPTS, kv_cache="streaming_llm", **DENSE)
+    for how in ({"attention": "minference"}, {"attention": "dense", "implementation": "xla"}):
+        with pytest.raises(ValueError, match="has left out tokens of its prompts: read on with attention='dense' and no"):
+            model.extend(compressed, MORE, **how)
     with pytest.raises(ValueError, match=r"made by LanguageModel.prefill, not by a call"):
         model.model(jnp.ones((1, 4), jnp.int32), Host())
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from minference_jax.cache.plain import KVCache
-from minference_jax.cache.policy import Block, layer_block
+from minference_jax.cache.plain import KVCache, write_layer, write_rows
+from minference_jax.cache.policy import Block, layer_block, unpacked
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_NAMES = {"int8": "int8", "float8_e4m3fn": "fp8"}
 
 
 class QuantisedKV(NamedTuple):
@@ -34,13 +35,27 @@ class QuantisedKV(NamedTuple):
         """S, slots of a row."""
         return self.k.shape[2]
 
+    @property
+    def kind(self) -> str:
+        """As in `Stored`."""
+        return _NAMES[str(self.k.dtype)]
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """As in `Stored`: every layer holds every token."""
         return self.length
 
-    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+    def block(self, layer: jax.Array, start: jax.Array | int, size: int) -> Block:
         """As in `Stored`."""
         return Block(*(layer_block(x, layer, start, size) for x in self[:4]))
+
+    def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[QuantisedKV, jax.Array, jax.Array]:
+        """As in `Growing`; one layer is written out in the model's dtype."""
+        (small_k, k_scale), (small_v, v_scale) = (quantise(x, str(self.k.dtype)) for x in (k, v))
+        new = (small_k, small_v, k_scale, v_scale)
+        arrays = (write_layer(old, x, layer, self.length) for old, x in zip(self[:4], new, strict=True))
+        cache = QuantisedKV(*arrays, self.length)
+        stored = unpacked(cache.block(layer, 0, self.capacity), k.dtype)
+        return cache, *(write_rows(old, x, self.length) for old, x in zip(stored, (k, v), strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Quantised:
     @property
     def name(self) -> str:
         """How the command line calls it."""
-        return "int8" if self.dtype == "int8" else "fp8"
+        return _NAMES[self.dtype]
 
     def keep(self, q, k, v, *, lengths, layer, num_layers, scale) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """As in `CachePolicy`."""
@@ -73,6 +88,14 @@ class Quantised:
     def stored(self, kept: tuple[jax.Array, jax.Array, jax.Array, jax.Array], length: jax.Array) -> QuantisedKV:
         """As in `CachePolicy`."""
         return QuantisedKV(*kept, length)
+
+    def empty(
+        self, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> QuantisedKV:
+        """Zeros with room for `capacity` tokens a row; arguments as of `init_cache`, `dtype` is the policy's own."""
+        scales = (num_layers, batch, capacity, num_kv_heads)
+        k, v = (jnp.zeros((*scales, head_dim), self.dtype) for _ in range(2))
+        return QuantisedKV(k, v, jnp.zeros(scales), jnp.zeros(scales), jnp.zeros((batch,), jnp.int32))
 
 
 def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
