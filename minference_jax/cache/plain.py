@@ -128,7 +128,9 @@ def write_layer(stacked: jax.Array, new: jax.Array, layer: jax.Array, start: jax
     batch = new.shape[0]
     indices = jnp.stack([jnp.full((batch,), layer, jnp.int32), jnp.arange(batch, dtype=jnp.int32), start], axis=-1)
     dimensions = lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(1, new.ndim)), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=(0, 1),
+        scatter_dims_to_operand_dims=(0, 1, 2),
     )
     return lax.scatter(
         stacked,

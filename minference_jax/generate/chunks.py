@@ -15,6 +15,7 @@ from minference_jax.generate.programs import PrefillResult
 from minference_jax.models import Attend
 from minference_jax.patterns import PatternArrays
 
+_PLAIN = Plain()
 _UNIT = 128  # tokens: chunks hold whole tiles of queries
 
 
@@ -49,12 +50,13 @@ def prefill_in_chunks(
     patterns: PatternArrays | None,
     attend: Attend,
     chunk_size: int,
-    policy: Plain | Quantised = Plain(),
+    policy: Plain | Quantised = _PLAIN,
 ) -> PrefillResult:
     """Reads prompts chunk by chunk; one program serves every chunk of every prompt of the bucket.
 
-    Each chunk attends to all tokens before it, as the cache holds them, and to its own as they are. What a sparse head keeps is estimated from the chunk's own last queries.
-    A row that ends before a chunk takes no part in it. A last chunk is padded to a whole one.
+    Each chunk attends to all tokens before it, as the cache holds them, and to its own as they are. What a sparse head
+    keeps is estimated from the chunk's own last queries. A row that ends before a chunk takes no part in it. A last
+    chunk is padded to a whole one.
 
     Args:
         graph, state: of a model.

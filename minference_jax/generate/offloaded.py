@@ -67,9 +67,7 @@ def read_behind_host(
         if index + 1 < len(prompt.k):
             coming = to_device(prompt.k[index + 1]), to_device(prompt.v[index + 1])
         held = KVCache(k, v, prompt.length)
-        x, (tail, density) = _read_layer_behind(
-            graph, state, np.int32(index), x, lengths, held, tail, patterns, attend
-        )
+        x, (tail, density) = _read_layer_behind(graph, state, np.int32(index), x, lengths, held, tail, patterns, attend)
         densities.append(density)
         del k, v, held
         jax.block_until_ready(x)  # so that the device frees this layer's before the next but one is fetched
