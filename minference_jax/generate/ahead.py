@@ -82,9 +82,8 @@ def compile_ahead(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths={list(lengths)} must be one or more positive numbers of tokens")
     check_room(model.config, lengths, max_new_tokens)
-    chunks.check_chunk_size(chunk_size)
     policy = policy_of(kv_cache)
-    chunks.check_growing(chunk_size, policy)
+    chunks.check_chunks(chunk_size, policy)
     if isinstance(policy, Host):
         raise NotImplementedError("kv_cache='host' runs layer by layer; its programs can't be compiled ahead")
     how = (attention, pattern, slash_granularity, implementation)

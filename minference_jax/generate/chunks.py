@@ -28,8 +28,9 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"{chunk_size=} must be None or a multiple of {_UNIT} tokens, at least {_UNIT}")
 
 
-def check_growing(chunk_size: int | None, policy: AnyPolicy) -> None:
-    """Refuses, with ValueError, chunks with a policy that chooses among a whole prompt's tokens or keeps them away."""
+def check_chunks(chunk_size: int | None, policy: AnyPolicy) -> None:
+    """As `check_chunk_size`, and refuses chunks with a policy that needs a whole prompt or keeps it in host memory."""
+    check_chunk_size(chunk_size)
     if chunk_size is not None and not isinstance(policy, Plain | Quantised):
         raise ValueError(
             f"a prefill in chunks takes kv_cache='plain', 'int8' or 'fp8'; {policy.name!r} is for prompts read at once"

@@ -11,7 +11,7 @@ from flax import nnx
 
 from minference_jax.cache import AnyPolicy, Host, KVCache, extend_cache, policy_of
 from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
-from minference_jax.generate.chunks import check_chunk_size, check_growing, prefill_in_chunks
+from minference_jax.generate.chunks import check_chunks, prefill_in_chunks
 from minference_jax.generate.decoding import Completion, decode_tokens, read_on
 from minference_jax.generate.offloaded import prefill_to_host
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, score_tokens
@@ -127,9 +127,8 @@ class LanguageModel:
             MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        check_chunk_size(chunk_size)
         policy = policy_of(kv_cache)
-        check_growing(chunk_size, policy)
+        check_chunks(chunk_size, policy)
         whole = chunk_size is None or lengths.max() <= chunk_size
         attend, arrays = self.choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
