@@ -117,6 +117,6 @@ def _changes(length: int, settings: Mapping[str, Any]) -> Iterator[dict[str, Any
     for chunk_size in chunk_sizes:
         yield {"chunk_size": chunk_size}
     if isinstance(policy, Plain):
-        for chunk_size in (settings.get("chunk_size"), *chunk_sizes):
-            yield {"chunk_size": chunk_size, "kv_cache": "int8"}
+        for asked_or_less in (settings.get("chunk_size"), *chunk_sizes):
+            yield {"chunk_size": asked_or_less, "kv_cache": "int8"}
     yield {"chunk_size": None, "kv_cache": "snapkv"}

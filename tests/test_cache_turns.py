@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from goldens import tiny_models
 
 from minference_jax import compile_ahead
-from minference_jax.generate import LanguageModel
+from minference_jax.cache import POLICIES, init_cache
+from minference_jax.generate import LanguageModel, programs
 from minference_jax.models import from_parameters
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash
 
@@ -103,3 +106,21 @@ def test_a_chunk_writes_out_one_layer_at_a_time(name):
         taken.append(chunk.output_bytes + chunk.temporary_bytes)
         assert chunk.argument_bytes > num_layers * 40_960 * 2 * 2 * (8 + 4)  # tokens, KV heads, k and v, bytes
     assert abs(taken[1] - taken[0]) < 100_000  # a layer of numbers has 655,360 for keys alone
+
+
+@QUANTISED
+def test_a_sparse_question_writes_out_one_layer_at_a_time(name):
+    taken = []
+    for num_layers in (1, 8):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        other = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)))
+        sizes = (num_layers, 1, 40_960, 2, 8, np.float32)
+        prompt, tail = jax.eval_shape(
+            lambda sizes=sizes: (POLICIES[name].empty(*sizes), init_cache(*sizes[:2], 128, *sizes[3:]))
+        )
+        attend, arrays = other.choose(40_960, "a_shape", HEADS[0], "line", "xla", False)
+        rows, tokens = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1,), (1, 128)))
+        given = (*nnx.split(other.model), tokens, rows, prompt, tail, arrays, attend)
+        memory = programs.read_behind.lower(*given).compile().memory_analysis()
+        taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    assert abs(taken[1] - taken[0]) < 600_000  # a layer of numbers has 655,360 for keys alone

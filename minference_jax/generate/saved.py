@@ -120,7 +120,8 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         if (array.shape, str(array.dtype)) != expected[name] or _checksum(array) != checksums[name]:
             raise ValueError(f"{path} is damaged: its array {name} is not as it was saved")
     with memory_for(f"a saved prefill of {len(lengths)} x {max(lengths)} tokens"):
-        logits, density = (jnp.asarray(arrays.pop(name)) if name in arrays else None for name in ("logits", "density"))
+        logits = jnp.asarray(arrays.pop("logits"))
+        density = jnp.asarray(arrays.pop("density")) if "density" in arrays else None
         room = bucket_length(slots) if slots == max(lengths) else slots
         return PrefillResult(logits, _cache(model, kind, arrays, lengths, room), density)
 
