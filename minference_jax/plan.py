@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from minference_jax.cache import Plain, policy_of
+from minference_jax.cache import Plain, Quantised, policy_of
 from minference_jax.generate import CompiledProgram, LanguageModel, compile_ahead
 from minference_jax.measure import memory_limit
 
 _CHUNK_SIZES = (65536, 16384, 4096)  # tokens: what a prefill that does not fit is tried with
-_SMALLER_CACHES = ("int8", "snapkv")  # and then, of prompts that are read at once
 
 
 class MemoryPlan(NamedTuple):
@@ -113,10 +112,14 @@ def gigabytes(count: int) -> str:
 
 
 def _changes(length: int, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    policy = policy_of(settings.get("kv_cache", "plain"))
+    if not isinstance(policy, Plain | Quantised):  # which alone are filled in chunks
+        return
     read_at_once = settings.get("chunk_size") or length
-    if policy_of(settings.get("kv_cache", "plain")) == Plain():  # prefills in chunks keep no other
-        for chunk_size in _CHUNK_SIZES:
-            if chunk_size < read_at_once:
-                yield {"chunk_size": chunk_size}
-        for kv_cache in _SMALLER_CACHES:
-            yield {"chunk_size": None, "kv_cache": kv_cache}
+    chunk_sizes = [chunk_size for chunk_size in _CHUNK_SIZES if chunk_size < read_at_once]
+    for chunk_size in chunk_sizes:
+        yield {"chunk_size": chunk_size}
+    if isinstance(policy, Plain):
+        for asked_or_less in (settings.get("chunk_size"), *chunk_sizes):
+            yield {"chunk_size": asked_or_less, "kv_cache": "int8"}
+    yield {"chunk_size": None, "kv_cache": "snapkv"}

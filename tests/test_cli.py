@@ -135,6 +135,24 @@ def test_a_cache_policy_is_of_the_attention_and_is_told(run, name):
     assert run(f"compile --model MODEL --lengths 9 --kv-cache {name}x")[0] == 2
 
 
+def test_a_prompt_is_read_in_chunks_where_asked(run):
+    options = "--prompt-file prompt.txt --attention dense --chunk-size 128"
+    whole, facts = prefill(run, options.removesuffix(" --chunk-size 128")), prefill(run, f"{options} --kv-cache int8")
+    assert (whole["chunk_size"], facts["chunk_size"], facts["tokens"] > 128) == (None, 128, True)
+    assert facts["max_logit_difference"] > 0  # later chunks have read what the cache holds
+    assert facts["dense_text"] == whole["dense_text"]
+    code, out, err = run(f"generate --model MODEL --max-new-tokens 6 {options} --kv-cache int8")
+    assert (code, out.strip(), err) == (0, facts["text"].strip(), "")
+    assert ", 128 at a time\n" in run(f"{PREFILL} {options}")[1]
+    for command in ("prefill", "generate"):
+        for more, message in (
+            ("snapkv --chunk-size 128", "takes kv_cache='plain'"),
+            ("int8 --chunk-size 9", "multiple"),
+        ):
+            code, out, err = run(f"{command} --model nowhere --prompt x --kv-cache {more}")
+            assert (code, out, message in err) == (2, "", True)
+
+
 def test_prompt_and_question_go_through_the_chat_template(run, model, monkeypatch):
     language_model = load(model)
     expected = len(language_model.encode_chat(ASKED))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from goldens import tiny_models
 
-from minference_jax import compile_ahead, save_prefill
+from minference_jax import compile_ahead
 from minference_jax.cache import (
     POLICIES,
     Host,
@@ -17,15 +17,14 @@ from minference_jax.cache import (
     PyramidKV,
     Quantised,
     SnapKV,
-    SplitCache,
     StreamingLLM,
     attend_split,
     host,
-    init_cache,
     policy_of,
     quantisation_error,
     split,
 )
+from minference_jax.cache.policy import unpacked
 from minference_jax.generate import LanguageModel
 from minference_jax.models import from_parameters
 
@@ -82,9 +81,10 @@ def test_the_error_of_quantising_is_told_and_within_half_a_step(model, plain, na
     for relative in (error.k, error.v):
         assert relative.shape == (2,)
         assert 0 < relative.min() <= relative.max() < bound
-    assert (cache.k.dtype, cache.v_scale.dtype) == (POLICIES[name].dtype, jnp.float32)
+    assert (cache.k.dtype, cache.v_scale.dtype) == ("int8" if name == "int8" else "uint8", jnp.float32)
+    layers = [unpacked(cache.block(jnp.int32(layer), 0, cache.capacity), jnp.float32)[0] for layer in range(2)]
     half = 0.5 if name == "int8" else 16.0  # steps of float8_e4m3fn below its largest are 32
-    off = np.abs(cache.k.astype(jnp.float32) * cache.k_scale[..., None] - plain.cache.k)[:, 0, :200]
+    off = np.abs(np.stack(layers) - plain.cache.k)[:, 0, :200]
     assert np.all(off <= half * 1.001 * np.asarray(cache.k_scale)[:, 0, :200, :, None])
     np.testing.assert_allclose(error.k_largest[0], max(off[0].max(), error.k_largest[0]))
     with pytest.raises(ValueError, match="not of one prefill"):
@@ -164,7 +164,7 @@ def test_compression_changes_later_answers_and_takes_fewer_slots(model, plain, e
     assert np.abs(asked.logits - expected.logits).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["plain", "int8"])
+@pytest.mark.parametrize("name", ["plain", "int8", "fp8"])
 def test_a_step_of_decoding_copies_nothing_of_the_size_of_a_layer(model, name):
     prefill, decode = compile_ahead(model, [100_000], max_new_tokens=10, kv_cache=name, **DENSE)
     a_layer = prefill.output_bytes / 2
@@ -189,21 +189,22 @@ def test_a_device_without_host_memory_is_refused(model, monkeypatch):
         model.prefill(PROMPTS, kv_cache="host", **DENSE)
 
 
-def test_what_can_not_be_right_is_refused(model, tmp_path):
-    prefilled = model.prefill(PROMPTS, kv_cache="int8", **DENSE)
-    with pytest.raises(ValueError, match="behind another cache than the plain one"):
-        model.extend(prefilled, MORE, attention="minference")
-    with pytest.raises(ValueError, match="a prefill in chunks takes kv_cache='plain', 'snapkv' is for"):
-        model.prefill(PROMPTS, kv_cache="snapkv", chunk_size=128, **DENSE)
-    with pytest.raises(ValueError, match="only a prefill with kv_cache='plain' can be saved"):
-        save_prefill(prefilled, tmp_path / "x", model)
+def test_what_can_not_be_right_is_refused(model):
+    for name in ("host", "snapkv"):
+        with pytest.raises(
+            ValueError, match=f"a prefill in chunks takes kv_cache='plain', 'int8' or 'fp8'; '{name}' is"
+        ):
+            model.prefill(PROMPTS, kv_cache=name, chunk_size=128, **DENSE)
     with pytest.raises(ValueError, match="kv_cache='int4' must be a cache policy or one of plain, int8, fp8, host"):
         model.prefill(PROMPTS, kv_cache="int4", **DENSE)
     with pytest.raises(NotImplementedError, match="can't be compiled ahead"):
         compile_ahead(model, [200], kv_cache="host", **DENSE)
-    cache = SplitCache(prefilled.cache, init_cache(2, 2, 128, 2, 8, np.float32))
-    with pytest.raises(ValueError, match="is read with dense attention only"):
-        model.model(jnp.asarray(PROMPTS[0][None, :4].repeat(2, 0)), cache, attend=print)
+    compressed = model.prefill(PROMPTS, kv_cache="streaming_llm", **DENSE)
+    for how in ({"attention": "minference"}, {"attention": "dense", "implementation": "xla"}):
+        with pytest.raises(
+            ValueError, match="has left out tokens of its prompts: read on with attention='dense' and no"
+        ):
+            model.extend(compressed, MORE, **how)
     with pytest.raises(ValueError, match=r"made by LanguageModel.prefill, not by a call"):
         model.model(jnp.ones((1, 4), jnp.int32), Host())
 

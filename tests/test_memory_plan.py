@@ -46,15 +46,18 @@ def test_what_does_not_fit_is_refused_with_figures_and_the_setting_that_fits(sha
     assert other.changed == {"chunk_size": 256}
     assert f"with --chunk-size 256 it takes {needed[256] / 1e9:.2f} GB" in refusal(plan, [other])
     every = list(other_plans(shapes, 500, limit_bytes=1, **A_SHAPE))
-    assert [one.changed["chunk_size"] for one in every] == [256, 128, None, None]
-    assert [one.changed.get("kv_cache") for one in every] == [None, None, "int8", "snapkv"]
+    assert [one.changed["chunk_size"] for one in every] == [256, 128, None, 256, 128, None]
+    assert [one.changed.get("kv_cache") for one in every] == [None, None, "int8", "int8", "int8", "snapkv"]
     least = min(every, key=lambda one: one.needed_bytes).needed_bytes
     assert f", the least that was tried, it takes {least / 1e9:.2f} GB" in refusal(plan, every)
+    assert every[4].needed_bytes < every[1].needed_bytes  # in chunks of 128 the smaller cache takes less
+    small = {"kv_cache": "int8", "chunk_size": 256}
+    assert next(other_plans(shapes, 500, limit_bytes=1, **small, **A_SHAPE)).changed == {"chunk_size": 128}
+    assert not list(other_plans(shapes, 500, kv_cache="host", limit_bytes=1, **A_SHAPE))
     chunked = plan_memory(shapes, 500, chunk_size=128, limit_bytes=1, **A_SHAPE)
-    whole = next(one for one in every if one.changed.get("kv_cache") == "int8")
+    whole = next(one for one in every if one.changed == {"kv_cache": "int8", "chunk_size": None})
     assert "; with --kv-cache int8 and no --chunk-size, the least" in refusal(chunked, [whole])
     assert "; with --kv-cache int8, the least" in refusal(plan, [whole])
-    assert not list(other_plans(shapes, 500, kv_cache="int8", limit_bytes=1, **A_SHAPE))
     assert refusal(plan, []).endswith("read a shorter prompt or fewer at once")
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import minference_jax
 from minference_jax import load_prefill, save_prefill
+from minference_jax.cache import StreamingLLM
 from minference_jax.generate import LanguageModel, PrefillResult, saved
 from minference_jax.models import from_parameters, quantize_linear
 
@@ -86,6 +87,46 @@ def test_bfloat16_and_density_come_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(loaded.logits, read.logits)
 
 
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "host", StreamingLLM(sink_size=5, recent_size=20), "snapkv"])
+def test_what_other_policies_keep_comes_back_bit_for_bit(model, tmp_path, kv_cache):
+    read = model.prefill(PROMPTS, attention="dense", kv_cache=kv_cache)
+    save_prefill(read, tmp_path / "x", model)
+    arrays, metadata = contents(tmp_path / "x")
+    assert metadata["kv_cache"] == (kv_cache if kv_cache in ("int8", "fp8", "host") else "kept")
+    slots = 40 if isinstance(kv_cache, str) else 25
+    assert {array.shape[2] for array in arrays.values() if array.ndim > 3} == {slots}
+    loaded = load_prefill(tmp_path / "x", model)
+    assert jax.tree.structure(loaded) == jax.tree.structure(read)
+    for ours, theirs in zip(jax.tree.leaves(loaded.cache), jax.tree.leaves(read.cache), strict=True):
+        assert (ours.shape, ours.dtype, ours.sharding) == (theirs.shape, theirs.dtype, theirs.sharding)
+        if theirs.ndim > 2:
+            axis = 1 if kv_cache == "host" else 2  # of slots
+            ours, theirs = (np.take(np.asarray(x), range(slots), axis) for x in (ours, theirs))
+        np.testing.assert_array_equal(bits(ours), bits(theirs))
+    more = [[5, 6, 7], [8]]
+    np.testing.assert_array_equal(model.extend(loaded, more).logits, model.extend(read, more).logits)
+    assert model.complete(loaded, max_new_tokens=3) == model.complete(read, max_new_tokens=3)
+
+
+def test_a_prefill_in_chunks_is_saved_without_the_room_behind_it(tmp_path):
+    longer = reader(dataclasses.replace(CONFIG, max_position_embeddings=512))
+    read = longer.prefill([*range(60)] * 3, attention="dense", chunk_size=128, kv_cache="int8")
+    assert read.cache.capacity == 256
+    save_prefill(read, tmp_path / "x", longer)
+    assert contents(tmp_path / "x")[0]["k_scale"].shape == (2, 1, 180, 2)
+    loaded = load_prefill(tmp_path / "x", longer)
+    np.testing.assert_allclose(longer.extend(loaded, [5, 6]).logits, longer.extend(read, [5, 6]).logits, atol=1e-5)
+
+
+def test_what_was_read_on_behind_another_cache_is_not_saved(model, tmp_path):
+    read = model.extend(model.prefill(PROMPTS, attention="dense", kv_cache="int8"), [[5], [6]])
+    with pytest.raises(
+        ValueError, match="read on behind kv_cache='int8' can't be saved: save the prefill before it is"
+    ):
+        save_prefill(read, tmp_path / "x", model)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -140,6 +181,9 @@ def test_a_flipped_bit_is_noticed(model, path):
     ("changes", "message"),
     [
         ({"version": "2"}, "is of version 2, this release reads version 1"),
+        ({"kv_cache": "int4"}, "has a cache of the kind 'int4', this release reads plain, host, int8, fp8, kept"),
+        ({"kv_cache": "int8"}, "is damaged: it has the arrays k, logits, v"),
+        ({"kv_cache": "kept"}, "is damaged: it has the arrays k, logits, v"),
         ({"version": "x"}, "is damaged: its metadata have no version"),
         ({"tokens": "[40, 1000000]"}, "is damaged: its tokens must be numbers from 1 to 128"),
         ({"tokens": "[]"}, "is damaged: its metadata tell no tokens"),
@@ -180,7 +224,7 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(model, prefilled, path
 
 def test_a_prefill_of_another_model_and_a_folder_that_is_not_there_are_refused(model, prefilled, tmp_path):
     other = reader(dataclasses.replace(CONFIG, num_layers=1))
-    with pytest.raises(ValueError, match=r"the prefill's k is float32\[2, 2, 128, 2, 8\], this model gives float32\[1"):
+    with pytest.raises(ValueError, match=r"the prefill's k is float32\[2, 2, 40, 2, 8\], this model gives float32\[1"):
         save_prefill(prefilled, tmp_path / "x", other)
     with pytest.raises(OSError, match="x"):
         save_prefill(prefilled, tmp_path / "nowhere" / "x", model)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from minference_jax.cache.host import Host, HostKV
-from minference_jax.cache.kept import KeptKV
+from minference_jax.cache.kept import KeptKV, empty_kept
 from minference_jax.cache.plain import KVCache, Plain, extend_cache, init_cache, write_layer
-from minference_jax.cache.policy import CachePolicy, Stored
+from minference_jax.cache.policy import CachePolicy, Growing, Stored
 from minference_jax.cache.pyramidkv import PyramidKV
 from minference_jax.cache.quantised import QuantisationError, Quantised, QuantisedKV, quantisation_error
 from minference_jax.cache.snapkv import SnapKV
-from minference_jax.cache.split import SplitCache, attend_split
+from minference_jax.cache.split import SplitCache, attend_split, joined
 from minference_jax.cache.streaming_llm import StreamingLLM
 
 AnyPolicy = Plain | Quantised | Host | SnapKV | PyramidKV | StreamingLLM
@@ -46,6 +46,7 @@ __all__ = [
     "POLICIES",
     "AnyPolicy",
     "CachePolicy",
+    "Growing",
     "Host",
     "HostKV",
     "KVCache",
@@ -60,8 +61,10 @@ __all__ = [
     "Stored",
     "StreamingLLM",
     "attend_split",
+    "empty_kept",
     "extend_cache",
     "init_cache",
+    "joined",
     "policy_of",
     "quantisation_error",
     "write_layer",

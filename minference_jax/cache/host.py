@@ -30,6 +30,11 @@ class HostKV(NamedTuple):
         """S, slots of a row."""
         return self.k[0].shape[1]
 
+    @property
+    def kind(self) -> str:
+        """How a file calls it."""
+        return "host"
+
 
 @dataclass(frozen=True)
 class Host:

@@ -16,7 +16,7 @@ class KeptKV(NamedTuple):
 
     Attributes:
         k, v: [L, B, C, K, H], C slots.
-        positions: int32 [L, B, C, K], of the prompt's tokens; slots without one have the prefill's padded length.
+        positions: int32 [L, B, C, K], of the prompt's tokens; slots without one mean nothing.
         counts: int32 [L, B], slots that hold a token.
         length: int32 [B], tokens of each prompt, kept or not.
     """
@@ -32,11 +32,16 @@ class KeptKV(NamedTuple):
         """C, slots of a row: of the layer that keeps most."""
         return self.k.shape[2]
 
+    @property
+    def kind(self) -> str:
+        """As in `Stored`; of whatever policy, it is read alike."""
+        return "kept"
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """As in `Stored`."""
         return lax.dynamic_index_in_dim(self.counts, layer, keepdims=False)
 
-    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+    def block(self, layer: jax.Array, start: jax.Array | int, size: int) -> Block:
         """As in `Stored`."""
         return Block(*(layer_block(x, layer, start, size) for x in (self.k, self.v)))
 
@@ -57,6 +62,16 @@ def keep_positions(k: jax.Array, v: jax.Array, positions: jax.Array, counts: jax
     is_kept = (jnp.arange(positions.shape[1]) < counts[:, None])[..., None, None]
     k, v = (jnp.where(is_kept, jnp.take_along_axis(x, rows, axis=1), 0) for x in (k, v))
     return k, v, positions, counts
+
+
+def empty_kept(
+    num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> KeptKV:
+    """Zeros with `capacity` slots a row; other arguments as of `init_cache`."""
+    slots = (num_layers, batch, capacity, num_kv_heads)
+    k, v = (jnp.zeros((*slots, head_dim), dtype) for _ in range(2))
+    counts = jnp.zeros((num_layers, batch), jnp.int32)
+    return KeptKV(k, v, jnp.zeros(slots, jnp.int32), counts, jnp.zeros((batch,), jnp.int32))
 
 
 def check_sizes(**sizes: int) -> None:

@@ -31,13 +31,24 @@ class KVCache(NamedTuple):
         """S, the number of tokens a row can hold."""
         return self.k.shape[2]
 
+    @property
+    def kind(self) -> str:
+        """As in `Stored`."""
+        return "plain"
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """As in `Stored`: every layer holds every token."""
         return self.length
 
-    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+    def block(self, layer: jax.Array, start: jax.Array | int, size: int) -> Block:
         """As in `Stored`."""
         return Block(*(layer_block(x, layer, start, size) for x in (self.k, self.v)))
+
+    def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
+        """As in `Growing`."""
+        keys, values = (write_layer(x, new, layer, self.length) for x, new in ((self.k, k), (self.v, v)))
+        of_layer = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+        return self._replace(k=keys, v=values), *of_layer
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,12 @@ class Plain:
     def stored(self, kept: tuple[jax.Array, jax.Array], length: jax.Array) -> KVCache:
         """As in `CachePolicy`."""
         return KVCache(*kept, length)
+
+    def empty(
+        self, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> KVCache:
+        """`init_cache`."""
+        return init_cache(num_layers, batch, capacity, num_kv_heads, head_dim, dtype)
 
 
 def init_cache(
@@ -92,21 +109,28 @@ def _extended(cache: KVCache, capacity: int) -> KVCache:
     return KVCache(jnp.pad(cache.k, padding), jnp.pad(cache.v, padding), jnp.copy(cache.length))
 
 
+def write_rows(held: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """As `write_layer`, of a single layer's keys or values [B, S, K, H]."""
+    return write_layer(held[None], new, jnp.int32(0), start)[0]
+
+
 def write_layer(stacked: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
     """`stacked` with the rows `new` of one layer written from `start` on; in place where the buffer allows it.
 
     One window per batch row, so that a step of decoding touches one token per row and not the whole cache.
 
     Args:
-        stacked: the keys or the values of a cache [L, B, S, K, H].
-        new: rows to write [B, T, K, H], in the cache's dtype.
+        stacked: the keys or the values of a cache [L, B, S, K, H], or their scales [L, B, S, K].
+        new: rows to write [B, T, K, H] or [B, T, K], in the cache's dtype.
         layer: int32 scalar.
         start: int32 [B], the position of the first row; `start + T` must not exceed S, a row that does is not written.
     """
     batch = new.shape[0]
     indices = jnp.stack([jnp.full((batch,), layer, jnp.int32), jnp.arange(batch, dtype=jnp.int32), start], axis=-1)
     dimensions = lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=(0, 1),
+        scatter_dims_to_operand_dims=(0, 1, 2),
     )
     return lax.scatter(
         stacked,

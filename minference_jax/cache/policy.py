@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -37,11 +38,32 @@ class Stored(Protocol):
     def capacity(self) -> int:
         """Slots of a row."""
 
+    @property
+    def kind(self) -> str:
+        """How a file calls it."""
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """int32 [B], how many slots of a layer, from the first on, hold a token."""
 
-    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+    def block(self, layer: jax.Array, start: jax.Array | int, size: int) -> Block:
         """The slots from `start` on; `start + size` must not exceed `capacity`."""
+
+
+class Growing(Stored, Protocol):
+    """What more tokens of the prompts can be read into: it holds every token, slot s that of token s."""
+
+    def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Growing, jax.Array, jax.Array]:
+        """Writes new tokens of one layer behind `length`, which does not count them yet.
+
+        Args:
+            layer: int32 [].
+            k, v: [B, T, K, H] in the model's dtype; `length + T` must not exceed `capacity`, a row that does is not
+                written.
+
+        Returns:
+            It with the new tokens, and what they attend to: keys and values [B, S, K, H] of the layer in the model's
+            dtype, those before as they are stored and the new ones as they are.
+        """
 
 
 class CachePolicy(Protocol):
@@ -77,7 +99,16 @@ class CachePolicy(Protocol):
         """A `Stored` of what `keep` gave, stacked over the layers [L, ...], and the prompts' lengths int32 [B]."""
 
 
-def layer_block(stacked: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def unpacked(block: Block, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, s, K, H] of a block in `dtype`, scales multiplied in."""
+
+    def scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+        return x.astype(dtype) if scale is None else (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+    return scaled(block.k, block.k_scale), scaled(block.v, block.v_scale)
+
+
+def layer_block(stacked: jax.Array, layer: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     """[B, size, ...] of one layer's slots from `start` on, out of an array [L, B, S, ...]; nothing else is copied.
 
     Heads and their numbers are one axis while the block is cut out, and the compiler may not look through that: it

@@ -1,4 +1,7 @@
-"""The quantised cache: int8 or float8_e4m3fn, with a scale for each token and KV head."""
+"""The quantised cache: int8 or float8_e4m3fn, with a scale for each token and KV head.
+
+float8 is held as its bits: where a device has no such numbers, XLA would widen a whole array to move some of it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from minference_jax.cache.plain import KVCache
-from minference_jax.cache.policy import Block, layer_block
+from minference_jax.cache.plain import KVCache, write_layer, write_rows
+from minference_jax.cache.policy import Block, layer_block, unpacked
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_HELD = {"int8": jnp.int8, "float8_e4m3fn": jnp.uint8}
 
 
 class QuantisedKV(NamedTuple):
     """Keys and values as small numbers times a scale.
 
     Attributes:
-        k, v: int8 or float8_e4m3fn [L, B, S, K, H].
+        k, v: [L, B, S, K, H], int8, or uint8: the bits of float8_e4m3fn.
         k_scale, v_scale: float32 [L, B, S, K].
         length: int32 [B], tokens of each prompt.
     """
@@ -34,13 +39,32 @@ class QuantisedKV(NamedTuple):
         """S, slots of a row."""
         return self.k.shape[2]
 
+    @property
+    def kind(self) -> str:
+        """As in `Stored`."""
+        return "int8" if self.k.dtype == jnp.int8 else "fp8"
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """As in `Stored`: every layer holds every token."""
         return self.length
 
-    def block(self, layer: jax.Array, start: jax.Array, size: int) -> Block:
+    def block(self, layer: jax.Array, start: jax.Array | int, size: int) -> Block:
         """As in `Stored`."""
-        return Block(*(layer_block(x, layer, start, size) for x in self[:4]))
+        k, v, k_scale, v_scale = (layer_block(x, layer, start, size) for x in self[:4])
+        return Block(_numbers(k), _numbers(v), k_scale, v_scale)
+
+    def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[QuantisedKV, jax.Array, jax.Array]:
+        """As in `Growing`; one layer is written out in the model's dtype."""
+        dtype = "int8" if self.kind == "int8" else "float8_e4m3fn"
+        (small_k, k_scale), (small_v, v_scale) = (quantise(x, dtype) for x in (k, v))
+
+        def write(held: jax.Array, new: jax.Array) -> jax.Array:
+            return write_layer(held, new, layer, self.length)
+
+        scales = write(self.k_scale, k_scale), write(self.v_scale, v_scale)
+        cache = QuantisedKV(write(self.k, small_k), write(self.v, small_v), *scales, self.length)
+        all_k, all_v = unpacked(cache.block(layer, 0, self.capacity), k.dtype)
+        return cache, write_rows(all_k, k, self.length), write_rows(all_v, v, self.length)
 
 
 @dataclass(frozen=True)
@@ -74,9 +98,18 @@ class Quantised:
         """As in `CachePolicy`."""
         return QuantisedKV(*kept, length)
 
+    def empty(
+        self, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> QuantisedKV:
+        """Zeros with room for `capacity` tokens a row; arguments as of `init_cache`, `dtype` is the policy's own."""
+        scales = (num_layers, batch, capacity, num_kv_heads)
+        k, v = (jnp.zeros((*scales, head_dim), _HELD[self.dtype]) for _ in range(2))
+        return QuantisedKV(k, v, jnp.zeros(scales), jnp.zeros(scales), jnp.zeros((batch,), jnp.int32))
+
 
 def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Vectors [..., H] as numbers of `dtype` [..., H] and scales float32 [...] that make their largest the dtype's.
+    """Vectors [..., H] as numbers of `dtype` [..., H], as they are held, and scales float32 [...] by which their
+    largest is the dtype's.
 
     int8 is off by at most half a scale, float8_e4m3fn by at most 1/16 of a number's size or 2^-10 of a scale. A vector
     with a NaN or an infinity has a scale that is none, too.
@@ -89,7 +122,12 @@ def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(exact), axis=-1) / _LARGEST[dtype]
     numbers = exact / jnp.where(scale == 0, 1.0, scale)[..., None]
     numbers = jnp.round(numbers) if dtype == "int8" else numbers
-    return numbers.astype(dtype), scale
+    return lax.bitcast_convert_type(numbers.astype(dtype), _HELD[dtype]), scale
+
+
+def _numbers(held: jax.Array) -> jax.Array:
+    """What arrays as they are held stand for; nothing is computed."""
+    return held if held.dtype == jnp.int8 else lax.bitcast_convert_type(held, jnp.float8_e4m3fn)
 
 
 class QuantisationError(NamedTuple):
@@ -123,9 +161,11 @@ def quantisation_error(quantised: QuantisedKV, exact: KVCache) -> QuantisationEr
     is_token = jnp.arange(exact.capacity) < exact.length[:, None]
 
     def of_layer(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        numbers, scale, array = arrays
+        held, scale, array = arrays
         array = jnp.where(is_token[..., None, None], array.astype(jnp.float32), 0)
-        difference = jnp.where(is_token[..., None, None], numbers.astype(jnp.float32) * scale[..., None], 0) - array
+        difference = (
+            jnp.where(is_token[..., None, None], _numbers(held).astype(jnp.float32) * scale[..., None], 0) - array
+        )
         relative = jnp.sqrt(jnp.sum(difference**2) / jnp.maximum(jnp.sum(array**2), jnp.finfo(jnp.float32).tiny))
         return relative, jnp.max(jnp.abs(difference))
 

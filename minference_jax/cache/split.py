@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minference_jax.cache.plain import KVCache
-from minference_jax.cache.policy import Block, Stored, layer_block
+from minference_jax.cache.plain import KVCache, write_rows
+from minference_jax.cache.policy import Block, Stored, layer_block, unpacked
 
 _MOST_SLOTS = 16384  # that are read at a time
 _MOST_SCORES = 1 << 21  # of a head, that exist at a time
@@ -84,6 +84,25 @@ def attend_split(
         softmax = _attend_part(softmax, queries, scale, read, slots, ends, seen)
     out = softmax.out / jnp.where(softmax.total == 0, 1.0, softmax.total)[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
+
+
+def joined(prompt: Stored, tail: KVCache, layer: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, S + C, K, H] of one layer in `dtype`, in the order of their tokens; for any attention.
+
+    Args:
+        prompt: what is stored, S slots, of a policy that keeps every token.
+        tail: C slots, written behind the prompts' tokens.
+        layer: int32 [], which to read.
+        dtype: of the result, the tail's own.
+    """
+
+    def join(stored: jax.Array, later: jax.Array) -> jax.Array:
+        room = [(0, 0), (0, tail.capacity), (0, 0), (0, 0)]
+        behind = lax.dynamic_index_in_dim(later, layer, keepdims=False)
+        return write_rows(jnp.pad(stored, room), behind, prompt.length)
+
+    k, v = unpacked(prompt.block(layer, 0, prompt.capacity), dtype)
+    return join(k, tail.k), join(v, tail.v)
 
 
 def _attend_part(

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
+from minference_jax.cache import policy_of
 from minference_jax.cli.inputs import choose_attention, encode_prompt, load_model, model_name, read_prompt
 from minference_jax.cli.progress import Steps, wants_bars
+from minference_jax.generate.chunks import check_chunks
 from minference_jax.generate.sampling import check_answer
 from minference_jax.patterns.release import is_release
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the prompt and prints the answer as it comes."""
+    check_chunks(arguments.chunk_size, policy_of(arguments.kv_cache))
     attention, text, key = choose_attention(arguments), read_prompt(arguments), random_key(arguments)
     how = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_answer(**how, key=key)
@@ -34,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             pattern=attention.pattern,
             slash_granularity=attention.slash_granularity,
             implementation=arguments.implementation,
+            chunk_size=arguments.chunk_size,
             kv_cache=arguments.kv_cache,
         )
         jax.block_until_ready(prefilled)

@@ -85,6 +85,7 @@ def _add_prefill(commands: Any) -> None:
     add_model(parser)
     add_prompt(parser)
     add_attention(parser)
+    add_chunk_size(parser)
     add_kv_cache(parser, "; of the attention that is compared with dense")
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="tokens to compare (32)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs, after one that warms (3)")
@@ -99,6 +100,7 @@ def _add_generate(commands: Any) -> None:
     add_model(parser)
     add_prompt(parser)
     add_attention(parser)
+    add_chunk_size(parser)
     add_kv_cache(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="most tokens to make (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest token (0)")
@@ -124,7 +126,7 @@ def _add_compile(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=not_negative, default=256, metavar="N", help="most tokens of an answer, 0 = none (256)"
     )
-    parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time (all)")
+    add_chunk_size(parser)
     add_attention(parser)
     add_kv_cache(parser)
 
@@ -146,7 +148,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=not_negative, default=256, metavar="N", help="most tokens of an answer, 0 = none (256)"
     )
-    parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time, multiple of 128 (all)")
+    add_chunk_size(parser)
     add_kv_cache(parser)
     parser.add_argument("--memory", type=factor, metavar="GB", help="of the device; without it what jax may use of it")
     add_attention(parser)
@@ -222,6 +224,11 @@ def _add_autotune(commands: Any) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="add the choice to this file; without it to the user's own, which models read"
     )
+
+
+def add_chunk_size(parser: Parser) -> None:
+    """Adds --chunk-size."""
+    parser.add_argument("--chunk-size", type=positive, metavar="N", help="tokens read at a time, multiple of 128 (all)")
 
 
 def add_kv_cache(parser: Parser, of: str = "") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import minference_jax
+from minference_jax.cache import policy_of
 from minference_jax.cli.inputs import (
     check_granularity,
     choose_attention,
@@ -21,12 +22,14 @@ from minference_jax.cli.inputs import (
 )
 from minference_jax.cli.progress import Steps, wants_bars
 from minference_jax.generate import LanguageModel
+from minference_jax.generate.chunks import check_chunks
 from minference_jax.measure import ChosenAttention, Comparison, Prompt, Step, compare, device_name, steps_of
 from minference_jax.models import linear_of
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares and prints."""
+    check_chunks(arguments.chunk_size, policy_of(arguments.kv_cache))
     attention, text = choose_attention(arguments), read_prompt(arguments)
     model = load_model(arguments)
     check_granularity(model, attention)
@@ -39,10 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
             implementation=arguments.implementation,
             max_new_tokens=arguments.max_new_tokens,
             repeats=arguments.repeats,
+            chunk_size=arguments.chunk_size,
             kv_cache=arguments.kv_cache,
             step=lambda step: steps.step(_title(step, attention.name, arguments.repeats)),
         )
-    facts = record(model_name(arguments), model, prompt, attention, comparison) | {"kv_cache": arguments.kv_cache}
+    facts = record(model_name(arguments), model, prompt, attention, comparison)
+    facts |= {"chunk_size": arguments.chunk_size, "kv_cache": arguments.kv_cache}
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else report(facts))
 
 
@@ -107,10 +112,12 @@ def report(facts: dict[str, Any]) -> str:
     peak = "unknown" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 1e9:.2f} GB ({facts['peak_of']})"
     runs = len(facts["dense_runs"])
     linear = "" if facts["linear"] is None else f", linear layers of {facts['linear']}"
+    chunks = "" if facts["chunk_size"] is None else f", {facts['chunk_size']} at a time"
     lines = [
         f"model        {facts['model']}, {facts['dtype']}{linear}",
         f"device       {facts['device']}; jax {facts['versions']['jax']}",
-        f"prompt       {facts['tokens']} tokens, {'in the chat template' if facts['chat_template'] else 'plain text'}",
+        f"prompt       {facts['tokens']} tokens, {'in the chat template' if facts['chat_template'] else 'plain text'}"
+        f"{chunks}",
         f"attention    {attention}, implementation {facts['implementation']}",
         f"pattern      {facts['pattern']}",
         f"density      {density}",

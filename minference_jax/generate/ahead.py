@@ -85,9 +85,8 @@ def compile_ahead(
     if len(lengths) == 0 or min(lengths) < 1:
         raise ValueError(f"lengths={list(lengths)} must be one or more positive numbers of tokens")
     check_room(model.config, lengths, max_new_tokens)
-    chunks.check_chunk_size(chunk_size)
     policy = policy_of(kv_cache)
-    chunks.check_whole(chunk_size, policy)
+    chunks.check_chunks(chunk_size, policy)
     if isinstance(policy, Host):
         raise NotImplementedError("kv_cache='host' runs layer by layer; its programs can't be compiled ahead")
     how = (attention, pattern, slash_granularity, implementation)
@@ -108,7 +107,7 @@ def _compiled(model, batch, chunk_size, prefills, max_new_tokens, policy) -> Ite
             lowered = programs.prefill.lower(graph, state, tokens, rows, arrays, attend, policy)
         else:
             is_sparse = arrays is not None
-            read = chunks.shapes_of_read(graph, state, batch, bucket, chunk_size, is_sparse=is_sparse)
+            read = chunks.shapes_of_read(graph, state, batch, bucket, chunk_size, policy, is_sparse=is_sparse)
             lowered = chunks.lower_chunk(graph, state, arrays, _made(state, read), attend, chunk_size)
         prompts[chunks.capacity_of(bucket, None if is_whole else chunk_size)] = lowered.out_info.cache
         yield _compile(lowered, "prefill" if is_whole else "chunk", batch, bucket)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import AnyPolicy, Plain, init_cache
+from minference_jax.cache import AnyPolicy, Plain, Quantised
 from minference_jax.generate.programs import PrefillResult
 from minference_jax.models import Attend
 from minference_jax.patterns import PatternArrays
 
+_PLAIN = Plain()
 _UNIT = 128  # tokens: chunks hold whole tiles of queries
 
 
@@ -25,6 +26,15 @@ def check_chunk_size(chunk_size: int | None) -> None:
     is_integer = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
     if not is_integer or chunk_size < _UNIT or chunk_size % _UNIT:
         raise ValueError(f"{chunk_size=} must be None or a multiple of {_UNIT} tokens, at least {_UNIT}")
+
+
+def check_chunks(chunk_size: int | None, policy: AnyPolicy) -> None:
+    """As `check_chunk_size`, and refuses chunks with a policy that needs a whole prompt or keeps it in host memory."""
+    check_chunk_size(chunk_size)
+    if chunk_size is not None and not isinstance(policy, Plain | Quantised):
+        raise ValueError(
+            f"a prefill in chunks takes kv_cache='plain', 'int8' or 'fp8'; {policy.name!r} is for prompts read at once"
+        )
 
 
 def check_whole(chunk_size: int | None, policy: AnyPolicy) -> None:
@@ -41,11 +51,13 @@ def prefill_in_chunks(
     patterns: PatternArrays | None,
     attend: Attend,
     chunk_size: int,
+    policy: Plain | Quantised = _PLAIN,
 ) -> PrefillResult:
     """Reads prompts chunk by chunk; one program serves every chunk of every prompt of the bucket.
 
-    Each chunk attends to all tokens before it. What a sparse head keeps is estimated from the chunk's own last queries.
-    A row that ends before a chunk takes no part in it. A last chunk is padded to a whole one.
+    Each chunk attends to all tokens before it, as the cache holds them, and to its own as they are. What a sparse head
+    keeps is estimated from the chunk's own last queries. A row that ends before a chunk takes no part in it. A last
+    chunk is padded to a whole one.
 
     Args:
         graph, state: of a model.
@@ -54,10 +66,11 @@ def prefill_in_chunks(
         patterns: [L, N], or None for dense attention.
         attend: how to attend; it must honour q_offset.
         chunk_size: tokens of a chunk.
+        policy: what the cache holds.
     """
     capacity = capacity_of(tokens.shape[1], chunk_size)
     padded = np.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
-    read = _nothing_read(graph, state, len(tokens), capacity, is_sparse=patterns is not None)
+    read = _nothing_read(graph, state, len(tokens), capacity, policy, is_sparse=patterns is not None)
     leaf = jax.tree.leaves(state)[0]
     if leaf.committed:  # as what each chunk makes is: else the first would have a program of its own
         read = jax.device_put(read, leaf.sharding)
@@ -74,11 +87,11 @@ def capacity_of(bucket: int, chunk_size: int | None) -> int:
 
 
 def shapes_of_read(
-    graph: Any, state: Any, batch: int, bucket: int, chunk_size: int, *, is_sparse: bool
+    graph: Any, state: Any, batch: int, bucket: int, chunk_size: int, policy: Plain | Quantised, *, is_sparse: bool
 ) -> PrefillResult:
     """Shapes of what `prefill_in_chunks` hands from chunk to chunk."""
-    make = partial(_nothing_read, graph, batch=batch, capacity=capacity_of(bucket, chunk_size), is_sparse=is_sparse)
-    return jax.eval_shape(lambda state: make(state=state), state)
+    sizes = (batch, capacity_of(bucket, chunk_size), policy)
+    return jax.eval_shape(lambda state: _nothing_read(graph, state, *sizes, is_sparse=is_sparse), state)
 
 
 def lower_chunk(
@@ -101,11 +114,13 @@ def _share(lengths: np.ndarray, start: int, counts: np.ndarray) -> np.ndarray:
     return ((pairs(first + counts) - pairs(first)) / pairs(lengths)).astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("graph", "batch", "capacity", "is_sparse"))
-def _nothing_read(graph: Any, state: Any, batch: int, capacity: int, *, is_sparse: bool) -> PrefillResult:
+@partial(jax.jit, static_argnames=("graph", "batch", "capacity", "policy", "is_sparse"))
+def _nothing_read(
+    graph: Any, state: Any, batch: int, capacity: int, policy: Plain | Quantised, *, is_sparse: bool
+) -> PrefillResult:
     model = nnx.merge(graph, state)
     config = model.config
-    cache = init_cache(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
+    cache = policy.empty(config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, model.dtype)
     density = jnp.zeros((config.num_layers, batch, config.num_heads), jnp.float32) if is_sparse else None
     return PrefillResult(jnp.zeros((batch, config.vocab_size), jnp.float32), cache, density)
 

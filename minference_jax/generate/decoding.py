@@ -16,6 +16,8 @@ from minference_jax.generate.programs import PrefillResult, read_behind, read_to
 from minference_jax.generate.prompts import bucket_length
 from minference_jax.generate.sampling import Sampling, choose
 from minference_jax.implementations import memory_for
+from minference_jax.models import Attend
+from minference_jax.patterns import PatternArrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +83,31 @@ def decode_tokens(
 
 def _read_token(graph: Any, state: Any, token: jax.Array, prompt: Any, tail: KVCache) -> tuple[jax.Array, KVCache]:
     if isinstance(prompt, HostKV):
-        return read_behind_host(graph, state, token[:, None], np.ones(token.shape, np.int32), prompt, tail)
+        counts = np.ones(token.shape, np.int32)
+        return read_behind_host(graph, state, token[:, None], counts, prompt, tail)[:2]
     return read_token(graph, state, token, prompt, tail)
 
 
-def read_on(graph: Any, state: Any, prefilled: PrefillResult, tokens: np.ndarray, counts: np.ndarray) -> PrefillResult:
-    """Reads more tokens with dense attention behind what is stored of prompts, which is not copied.
+def read_on(
+    graph: Any,
+    state: Any,
+    prefilled: PrefillResult,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    patterns: PatternArrays | None,
+    attend: Attend,
+) -> PrefillResult:
+    """Reads more tokens behind what is stored of prompts, which is not copied.
 
     Args:
         graph, state: of a model.
         prefilled: it stays usable.
         tokens: int32 [B, T], padded.
         counts: int32 [B], true numbers of tokens.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend; `dense_attend` reads what is stored where it lies.
     """
     prompt, tail = split_cache(graph, state, prefilled.cache, tokens.shape[1])
     read = read_behind_host if isinstance(prompt, HostKV) else read_behind
-    logits, tail = read(graph, state, tokens, counts, prompt, tail)
-    return PrefillResult(logits, SplitCache(prompt, tail), prefilled.density)
+    logits, tail, density = read(graph, state, tokens, counts, prompt, tail, patterns, attend)
+    return PrefillResult(logits, SplitCache(prompt, tail), prefilled.density if patterns is None else density)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from minference_jax.cache import AnyPolicy, Host, KVCache, extend_cache, policy_of
 from minference_jax.generate.attend import choose_attend, pays_from, resolve_auto
-from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
+from minference_jax.generate.chunks import check_chunks, prefill_in_chunks
 from minference_jax.generate.decoding import Completion, decode_tokens, read_on
 from minference_jax.generate.offloaded import prefill_to_host
 from minference_jax.generate.programs import PrefillResult, Scores, prefill, read_more, score_tokens
@@ -21,7 +21,7 @@ from minference_jax.generate.streaming import TextPieces, decode_text, text_piec
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
 from minference_jax.index import SlashGranularity
 from minference_jax.kernels.tiles import TileConfig
-from minference_jax.models import Attend, Decoder
+from minference_jax.models import Attend, Decoder, dense_attend
 from minference_jax.patterns import HeadPattern, ModelPatterns, PatternArrays, uniform_patterns
 from minference_jax.tile_table import TileTable
 
@@ -117,24 +117,24 @@ class LanguageModel:
                 keeps what its own last queries ask for. None = all; so, too, where no prompt is longer than a chunk.
             kv_cache: what is kept of the keys and values: "plain", "int8", "fp8", "host", "snapkv", "pyramidkv",
                 "streaming_llm", or one of the policies of `minference_jax.cache` with its sizes. The prompt itself is
-                read with exact ones.
+                read with exact ones; in chunks each chunk is, and those before it are read as they are kept.
 
         Raises:
             ValueError: an empty prompt, one longer than the model can read, ids that are not its tokens, an unknown
-                attention, implementation or policy, a pattern that does not fit, another `chunk_size`, chunks with a
-                policy that is not plain.
+                attention, implementation or policy, a pattern that does not fit, another `chunk_size`, chunks with
+                another policy than "plain", "int8" and "fp8".
             NotImplementedError: the named implementation can't do the call; no host memory for "host".
             MemoryError: the device has too little.
         """
         tokens, lengths = pad_prompts(prompts, vocab_size=self.config.vocab_size, max_length=self.config.max_length)
-        check_chunk_size(chunk_size)
         policy = policy_of(kv_cache)
-        check_whole(chunk_size, policy)
+        check_chunks(chunk_size, policy)
         whole = chunk_size is None or lengths.max() <= chunk_size
         attend, arrays = self.choose(tokens.shape[1], attention, pattern, slash_granularity, implementation, whole)
         with memory_for(f"a prefill of {len(tokens)} x {tokens.shape[1]} tokens"):
             if chunk_size is not None and not whole:
-                return prefill_in_chunks(self._graph, self._state, tokens, lengths, arrays, attend, chunk_size)
+                chunks: Any = (chunk_size, policy)
+                return prefill_in_chunks(self._graph, self._state, tokens, lengths, arrays, attend, *chunks)
             if isinstance(policy, Host):
                 return prefill_to_host(self._graph, self._state, tokens, lengths, arrays, attend)
             return prefill(self._graph, self._state, tokens, lengths, arrays, attend, policy)
@@ -182,16 +182,18 @@ class LanguageModel:
             prefilled: from `prefill`, `extend` or `load_prefill`; it stays usable.
             tokens: token ids for its one row, or one list of ids for each of its rows.
             attention, pattern, slash_granularity, implementation: as in `prefill`, over the cache; "auto" goes by the
-                tokens of both. What sparse heads keep is estimated from the last of the new tokens.
+                tokens of both. What sparse heads keep is estimated from the last of the new tokens. Behind another
+                cache than the plain one, sparse attention and a named implementation have one layer of it at a time
+                written out in the model's dtype.
 
         Returns:
-            Logits after the last of the tokens; the longer cache; the density of reading the new tokens, or where that
-            was dense the density of `prefilled`.
+            Logits after the last of the tokens; the longer cache, of what is not plain a `SplitCache` whose tail has
+            the new tokens; the density of reading them, or where that was dense the density of `prefilled`.
 
         Raises:
             ValueError: ids that are not the model's tokens, another number of rows, too little room, a row that would
                 grow past the length at which longrope changes, an attention or pattern that `prefill` refuses, or
-                sparse attention over another cache than the plain.
+                sparse attention or a named implementation behind a cache that has left out tokens.
             NotImplementedError: the named implementation can't do the call.
             MemoryError: the device has too little.
         """
@@ -201,14 +203,12 @@ class LanguageModel:
             raise ValueError(f"tokens of {len(padded)} rows do not go on from a prefill of {len(lengths)}")
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
             check_more(self.config, length, count)
-        if not isinstance(prefilled.cache, KVCache):
-            if attention != "dense" or pattern is not None or implementation is not None:
-                raise ValueError("behind another cache than the plain one more tokens are read with dense attention")
-            with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
-                return read_on(self._graph, self._state, prefilled, padded, counts)
         capacity = max(prefilled.cache.capacity, bucket_length(int(lengths.max()) + padded.shape[1]))
         attend, arrays = self.choose(capacity, attention, pattern, slash_granularity, implementation, False)
         with memory_for(f"reading {padded.shape[1]} tokens after {lengths.max()}"):
+            if not isinstance(prefilled.cache, KVCache):
+                attend = dense_attend if arrays is None and implementation is None else attend
+                return read_on(self._graph, self._state, prefilled, padded, counts, arrays, attend)
             cache = extend_cache(prefilled.cache, capacity)
             read = read_more(self._graph, self._state, padded, counts, cache, arrays, attend)
             return read if arrays is not None else read._replace(density=prefilled.density)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minference_jax.cache import HostKV, KVCache, attend_split, write_layer
+from minference_jax.cache import HostKV, KVCache, attend_split, joined, write_layer
 from minference_jax.cache.host import check_host_memory, to_device, to_host
 from minference_jax.generate.programs import PrefillResult
-from minference_jax.models import Attend
+from minference_jax.models import Attend, dense_attend
 from minference_jax.models.decoder import select_rows
 from minference_jax.patterns import PatternArrays
 
@@ -46,22 +46,33 @@ def prefill_to_host(
 
 
 def read_behind_host(
-    graph: Any, state: Any, tokens: Any, lengths: Any, prompt: HostKV, tail: KVCache
-) -> tuple[jax.Array, KVCache]:
+    graph: Any,
+    state: Any,
+    tokens: Any,
+    lengths: Any,
+    prompt: HostKV,
+    tail: KVCache,
+    patterns: PatternArrays | None = None,
+    attend: Attend = dense_attend,
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """As `programs.read_behind`, with prompts in host memory, each layer of which is fetched a layer ahead.
 
     `tail` is donated.
     """
     x, tail = jax.device_put((_embed(graph, state, tokens), tail), _device(state))  # as what each layer makes is
     coming = to_device(prompt.k[0]), to_device(prompt.v[0])
+    densities = []
     for index in range(len(prompt.k)):
         k, v = coming
         if index + 1 < len(prompt.k):
             coming = to_device(prompt.k[index + 1]), to_device(prompt.v[index + 1])
-        x, tail = _read_layer_behind(graph, state, np.int32(index), x, lengths, k, v, prompt.length, tail)
-        del k, v
+        held = KVCache(k, v, prompt.length)
+        x, (tail, density) = _read_layer_behind(graph, state, np.int32(index), x, lengths, held, tail, patterns, attend)
+        densities.append(density)
+        del k, v, held
         jax.block_until_ready(x)  # so that the device frees this layer's before the next but one is fetched
-    return _finish(graph, state, x, lengths), tail._replace(length=tail.length + lengths)
+    density = None if patterns is None else jnp.stack(densities)
+    return _finish(graph, state, x, lengths), tail._replace(length=tail.length + lengths), density
 
 
 def _device(state: Any) -> jax.Device:
@@ -92,18 +103,24 @@ def _read_layer(graph, state, index, x, lengths, patterns, attend) -> tuple[jax.
     return nnx.merge(graph, state).run_layer(index, x, lengths, attend_and_keep, of_layer)
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames=("x", "tail"))
-def _read_layer_behind(graph, state, index, x, lengths, k_held, v_held, held, tail) -> tuple[jax.Array, KVCache]:
-    """Hidden states behind one layer of new tokens, and the tail with their keys and values, its length as it was.
+@partial(jax.jit, static_argnames=("graph", "attend"), donate_argnames=("x", "tail"))
+def _read_layer_behind(graph, state, index, x, lengths, held, tail, patterns, attend) -> tuple[jax.Array, Any]:
+    """Hidden states behind one layer of new tokens; the tail with their keys and values, its length as it was, density.
 
-    `k_held` and `v_held` [B, S, K, H] are the layer's of the prompts, `held` int32 [B] their lengths.
+    `held` has the layer's keys and values of the prompts [B, S, K, H] and their lengths.
     """
+    prompt = KVCache(held.k[None], held.v[None], held.length)
 
-    def attend(q, k, v, layer_input, *, scale, **where):
+    def attend_and_write(q, k, v, layer_input, *, scale, **where):
         keys, values = (write_layer(old, new, index, tail.length) for old, new in ((tail.k, k), (tail.v, v)))
         new_k, new_v = (jax.lax.dynamic_slice_in_dim(array, index, 1) for array in (keys, values))
-        prompt, behind = KVCache(k_held[None], v_held[None], held), KVCache(new_k, new_v, tail.length)
-        out = attend_split(q, prompt, behind, jnp.int32(0), scale=scale, count=lengths)
-        return out, tail._replace(k=keys, v=values)
+        behind, first, density = KVCache(new_k, new_v, tail.length), jnp.int32(0), None
+        if attend is dense_attend:
+            out = attend_split(q, prompt, behind, first, scale=scale, count=lengths)
+        else:
+            out, density = attend(q, *joined(prompt, behind, first, q.dtype), layer_input, scale=scale, **where)
+        return out, (tail._replace(k=keys, v=values), density)
 
-    return nnx.merge(graph, state).run_layer(index, x, lengths, attend, start=held + tail.length)
+    of_layer = jax.tree.map(lambda array: jnp.asarray(array)[index], patterns)
+    start = held.length + tail.length
+    return nnx.merge(graph, state).run_layer(index, x, lengths, attend_and_write, of_layer, start=start)

@@ -26,7 +26,7 @@ class PrefillResult(NamedTuple):
     Attributes:
         logits: float32 [B, V], after the last token of each prompt.
         cache: keys and values of the prompts, padded to the bucket; or what another policy than the plain one has
-            stored of them; or, of an extension of that, both in a `SplitCache`.
+            stored of them; or, of an extension of that, a `SplitCache` of that and of the new tokens.
         density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention. Of a prefill
             in chunks: the mean of the chunks' densities, each weighted by its share of the pairs of query and earlier
             key (dense attention's work). Of an extension with sparse attention: for the tokens that it read.
@@ -123,11 +123,18 @@ def read_more(
     return PrefillResult(*nnx.merge(graph, state)(tokens, cache, lengths=lengths, attend=attend, layer_inputs=patterns))
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="tail")
+@partial(jax.jit, static_argnames=("graph", "attend"), donate_argnames="tail")
 def read_behind(
-    graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, prompt: Stored, tail: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Logits float32 [B, V] after more tokens, and the donated tail with them: dense attention over prompt and tail.
+    graph: Any,
+    state: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    prompt: Stored,
+    tail: KVCache,
+    patterns: PatternArrays | None,
+    attend: Attend,
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    """Logits float32 [B, V] after more tokens, the donated tail with them, and what `attend` gave beside its output.
 
     Args:
         graph, state: of a model.
@@ -135,9 +142,12 @@ def read_behind(
         lengths: int32 [B], true numbers of new tokens.
         prompt: what a policy has stored, which is only read.
         tail: with room for T more in each row.
+        patterns: [L, N], or None for dense attention.
+        attend: how to attend over both.
     """
-    logits, cache, _ = nnx.merge(graph, state)(tokens, SplitCache(prompt, tail), lengths=lengths)
-    return logits, cache.tail
+    how: dict[str, Any] = {"lengths": lengths, "attend": attend, "layer_inputs": patterns}
+    logits, cache, density = nnx.merge(graph, state)(tokens, SplitCache(prompt, tail), **how)
+    return logits, cache.tail, density
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="tail")

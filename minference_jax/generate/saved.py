@@ -1,7 +1,8 @@
 """A prefill as a file, so that a long prefix is read once and questions about it are asked later, in other processes.
 
-One safetensors file: `k` and `v` [L, B, S, K, H] up to the longest row, `logits` [B, V], and `density` [L, B, N] of a
-sparse prefill. Its metadata tell format and version, the model, the tokens of each row, and a checksum of each array.
+One safetensors file: the arrays of the cache by their names there, up to the longest row, `logits` [B, V], and
+`density` [L, B, N] of a sparse prefill. Its metadata tell format and version, the model, what kind of cache it is, the
+tokens of each row, and a checksum of each array.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minference_jax.cache import KVCache
+from minference_jax.cache import HostKV, Quantised, SplitCache, empty_kept, init_cache
+from minference_jax.cache.host import check_host_memory, to_host
 from minference_jax.generate.language_model import LanguageModel
 from minference_jax.generate.programs import PrefillResult
 from minference_jax.generate.prompts import bucket_length
@@ -26,12 +29,20 @@ from minference_jax.implementations import memory_for
 from minference_jax.models.digest import weights_digest
 
 _FORMAT, _VERSION = "minference_jax prefill", 1
+_EMPTY: dict[str, Callable[..., Any]] = {
+    "plain": init_cache,
+    "host": init_cache,
+    "int8": Quantised("int8").empty,
+    "fp8": Quantised("float8_e4m3fn").empty,
+    "kept": empty_kept,
+}
+"""An empty cache of each kind, from its sizes: what its arrays are. One in host memory is saved as a plain one."""
 
 
 def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: LanguageModel) -> None:
     """Writes a prefill to a file that `load_prefill` reads; a save that is killed leaves what was there before.
 
-    Keys and values of all rows up to the longest are kept bit for bit; host memory holds them meanwhile.
+    What the cache holds, of whatever policy, is kept bit for bit up to the longest row; host memory holds it meanwhile.
 
     Args:
         prefilled: from `LanguageModel.prefill` or `LanguageModel.extend`; it stays usable.
@@ -40,25 +51,29 @@ def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: 
         model: that read it; its weights' digest goes into the file.
 
     Raises:
-        ValueError: the prefill does not fit the model, or its cache is not the plain one.
+        ValueError: the prefill does not fit the model, or is an extension of one whose cache is not plain.
         OSError: the file can't be written.
     """
     path, cache = Path(path), prefilled.cache
-    if not isinstance(cache, KVCache):
+    if isinstance(cache, SplitCache):
+        kind = cache.prompt.kind
         raise ValueError(
-            f"only a prefill with kv_cache='plain' can be saved, this one's cache is a {type(cache).__name__}"
+            f"what was read on behind kv_cache={kind!r} can't be saved: save the prefill before it is extended"
         )
     lengths = [int(length) for length in np.asarray(cache.length)]
-    expected = _expected(model, lengths, cache.capacity)
-    for name, array in _arrays(prefilled).items():
+    slots = min(cache.capacity, max(lengths))
+    arrays = {"logits": np.asarray(prefilled.logits), **_arrays(cache, slots)}
+    if prefilled.density is not None:
+        arrays["density"] = np.asarray(prefilled.density)
+    expected = _expected(model, cache.kind, len(lengths), slots)
+    for name, array in arrays.items():
         if (array.shape, str(array.dtype)) != expected[name]:
             shape, dtype = expected[name]
             raise ValueError(
                 f"the prefill's {name} is {array.dtype}{list(array.shape)}, this model gives {dtype}{list(shape)}"
             )
-    written = prefilled._replace(cache=cache._replace(k=cache.k[:, :, : max(lengths)], v=cache.v[:, :, : max(lengths)]))
-    arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(written).items()}
     metadata = {"format": _FORMAT, "version": str(_VERSION), "tokens": json.dumps(lengths), **_identity(model)}
+    metadata["kv_cache"] = cache.kind
     metadata["checksums"] = json.dumps({name: _checksum(array) for name, array in arrays.items()})
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -78,59 +93,82 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         model: with the weights and the config that read it; the file's digest is compared with theirs.
 
     Returns:
-        The prefill on jax's default device, its cache padded to a bucket.
+        The prefill on jax's default device, its cache padded to a bucket; what was in host memory is there again.
 
     Raises:
         ValueError: the file is of another model, of a newer version, cut short, damaged, or something else.
+        NotImplementedError: the cache was in host memory, and the device has no pinned one.
         MemoryError: the device has too little.
         OSError: it can't be read.
     """
     try:
         with safe_open(path, framework="np") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
-            lengths, checksums = _checked(metadata, model)
+            kind, lengths, checksums = _checked(metadata, model)
             arrays = {name: file.get_tensor(name) for name in sorted(names)}
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short, damaged or no saved prefill: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    expected = _expected(model, lengths, max(lengths))
+    slots = max(lengths)
+    if kind == "kept":  # of a long prompt there are fewer
+        slots = min(slots, *arrays["k"].shape[2:3]) if "k" in arrays else slots
+    expected = _expected(model, kind, len(lengths), slots)
     if names - {"density"} != expected.keys() - {"density"} or names != checksums.keys():
         raise ValueError(f"{path} is damaged: it has the arrays {', '.join(sorted(names)) or 'none'}")
     for name, array in arrays.items():
         if (array.shape, str(array.dtype)) != expected[name] or _checksum(array) != checksums[name]:
             raise ValueError(f"{path} is damaged: its array {name} is not as it was saved")
     with memory_for(f"a saved prefill of {len(lengths)} x {max(lengths)} tokens"):
-        k, v = (_padded(arrays.pop(name), bucket_length(max(lengths))) for name in ("k", "v"))
-        cache = KVCache(k, v, jnp.asarray(lengths, jnp.int32))
-        density = jnp.asarray(arrays["density"]) if "density" in arrays else None
-        return PrefillResult(jnp.asarray(arrays["logits"]), cache, density)
+        logits = jnp.asarray(arrays.pop("logits"))
+        density = jnp.asarray(arrays.pop("density")) if "density" in arrays else None
+        room = bucket_length(slots) if slots == max(lengths) else slots
+        return PrefillResult(logits, _cache(model, kind, arrays, lengths, room), density)
 
 
-def _padded(array: np.ndarray, capacity: int) -> jax.Array:
-    """Keys or values [L, B, S, K, H] with room for `capacity` tokens; numpy's copy keeps every bit, that of XLA not."""
-    room = np.zeros((*array.shape[:2], capacity, *array.shape[3:]), array.dtype)
-    room[:, :, : array.shape[2]] = array
-    return jnp.asarray(room)
+def _arrays(cache: Any, slots: int) -> dict[str, np.ndarray]:
+    """The arrays of a cache up to so many slots, by their names; they leave the device a layer at a time."""
+    arrays = {}
+    for name, held in cache._asdict().items():
+        if name != "length":
+            layers = (np.asarray(held[layer]) for layer in range(len(held)))
+            arrays[name] = np.stack([layer[:, :slots] if layer.ndim > 1 else layer for layer in layers])
+    return arrays
 
 
-def _arrays(prefilled: PrefillResult) -> dict[str, jax.Array]:
-    """The arrays of a prefill by the names that they have in a file."""
-    arrays = {"k": prefilled.cache.k, "v": prefilled.cache.v, "logits": prefilled.logits}
-    return arrays if prefilled.density is None else {**arrays, "density": prefilled.density}
+def _cache(model: LanguageModel, kind: str, arrays: dict[str, np.ndarray], lengths: list[int], room: int) -> Any:
+    """A cache of the arrays, which are used up, with room for so many slots."""
+    length = jnp.asarray(lengths, jnp.int32)
+    if kind == "host":
+        check_host_memory(next(iter(length.devices())))
+        padded = (_padded(arrays.pop(name), room) for name in ("k", "v"))
+        k, v = ([jax.block_until_ready(to_host(jnp.asarray(layer))) for layer in array] for array in padded)
+        return HostKV(tuple(k), tuple(v), length)
+    empty = jax.eval_shape(lambda: _empty(model, kind, len(lengths), room))
+    return type(empty)(**{name: jnp.asarray(_padded(arrays.pop(name), room)) for name in list(arrays)}, length=length)
 
 
-def _expected(model: LanguageModel, lengths: list[int], capacity: int) -> dict[str, tuple[tuple[int, ...], str]]:
+def _padded(array: np.ndarray, room: int) -> np.ndarray:
+    """An array [L, B, S, ...] with room for so many slots; numpy's copy keeps every bit, that of XLA not."""
+    if array.ndim < 3:
+        return array
+    padded = np.zeros((*array.shape[:2], room, *array.shape[3:]), array.dtype)
+    padded[:, :, : array.shape[2]] = array
+    return padded
+
+
+def _empty(model: LanguageModel, kind: str, batch: int, slots: int) -> Any:
+    config = model.config
+    return _EMPTY[kind](config.num_layers, batch, slots, config.num_kv_heads, config.head_dim, model.model.dtype)
+
+
+def _expected(model: LanguageModel, kind: str, batch: int, slots: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each array of a model's prefill."""
-    config, batch = model.config, len(lengths)
-    cache = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), str(model.model.dtype)
-    logits = (batch, config.vocab_size), "float32"
-    return {
-        "k": cache,
-        "v": cache,
-        "logits": logits,
-        "density": ((config.num_layers, batch, config.num_heads), "float32"),
-    }
+    config, cache = model.config, jax.eval_shape(lambda: _empty(model, kind, batch, slots))
+    shapes = {name: (array.shape, str(array.dtype)) for name, array in cache._asdict().items() if name != "length"}
+    shapes["logits"] = (batch, config.vocab_size), "float32"
+    shapes["density"] = (config.num_layers, batch, config.num_heads), "float32"
+    return shapes
 
 
 def _identity(model: LanguageModel) -> dict[str, str]:
@@ -142,13 +180,16 @@ def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
-def _checked(metadata: dict[str, str], model: LanguageModel) -> tuple[list[int], dict[str, int]]:
-    """Tokens of each row and checksum of each array; ValueError: no such file, or one of another model."""
+def _checked(metadata: dict[str, str], model: LanguageModel) -> tuple[str, list[int], dict[str, int]]:
+    """Kind of cache, tokens of each row, checksum of each array; ValueError: no such file, or one of another model."""
     if metadata.get("format") != _FORMAT:
         raise ValueError("is a safetensors file, but no saved prefill")
     version = _read("version", metadata)
     if version != _VERSION:
         raise ValueError(f"is of version {version}, this release reads version {_VERSION}")
+    kind = metadata.get("kv_cache", "plain")  # which files did not say before there were others
+    if kind not in _EMPTY:
+        raise ValueError(f"has a cache of the kind {kind!r}, this release reads {', '.join(_EMPTY)}")
     for name, own in _identity(model).items():
         if metadata.get(name) != own:
             raise ValueError(f"was saved from another model: its {name} and this model's are not the same")
@@ -158,7 +199,7 @@ def _checked(metadata: dict[str, str], model: LanguageModel) -> tuple[list[int],
         raise ValueError(f"is damaged: its tokens must be numbers from 1 to {longest}")
     if not lengths or not isinstance(checksums, dict):
         raise ValueError("is damaged: its metadata tell no tokens or no checksums")
-    return lengths, checksums
+    return kind, lengths, checksums
 
 
 def _read(name: str, metadata: dict[str, str]) -> Any:

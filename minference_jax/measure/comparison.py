@@ -99,6 +99,7 @@ def compare(
     implementation: str | None,
     max_new_tokens: int,
     repeats: int,
+    chunk_size: int | None = None,
     kv_cache: str | AnyPolicy = "plain",
     step: Callable[[Step], AbstractContextManager[object]] = nullcontext,
     on_token: Callable[[Side, int], None] | None = None,
@@ -115,6 +116,7 @@ def compare(
         implementation: of both; None = for each the first that can.
         max_new_tokens: most greedy tokens to make.
         repeats: timed runs of each.
+        chunk_size: of both, as in `LanguageModel.prefill`; None = all tokens at once.
         kv_cache: of the other, as in `LanguageModel.prefill`; dense attention is compared with the plain one.
         step: entered with each step, around it; there are `steps_of(repeats)`. What it raises ends the comparison.
         on_token: is called with the side and each token of its answer; what it raises ends the comparison.
@@ -124,7 +126,10 @@ def compare(
     """
     chosen: dict[Side, ChosenAttention] = {"dense": DENSE, "sparse": attention}
     caches: dict[Side, str | AnyPolicy] = {"dense": "plain", "sparse": kv_cache}
-    timers = {side: PrefillTimer(model, tokens, one, kv_cache=caches[side]) for side, one in chosen.items()}
+    timers = {
+        side: PrefillTimer(model, tokens, one, chunk_size=chunk_size, kv_cache=caches[side])
+        for side, one in chosen.items()
+    }
     for side, timer in timers.items():
         with step(Step(kind="compile", side=side, timer=timer)):
             timer.compile(implementation)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from minference_jax.cache import AnyPolicy, KVCache, SplitCache
+from minference_jax.cache import AnyPolicy, KVCache, QuantisedKV, SplitCache
 from minference_jax.models.caching import cache_access
 from minference_jax.models.config import DecoderConfig
 from minference_jax.models.layers import Attend, Embedding, Linear, RMSNorm, dense_attend
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        cache: KVCache | SplitCache | AnyPolicy,
+        cache: KVCache | QuantisedKV | SplitCache | AnyPolicy,
         *,
         lengths: jax.Array | None = None,
         attend: Attend = dense_attend,
@@ -66,7 +66,8 @@ class Decoder(nnx.Module):
             tokens: int32 [B, T]; ids must lie in [0, vocab_size).
             cache: of this model's shape and dtype; row b holds `cache.length[b]` tokens and must have room for T more.
                 Or a cache policy: the tokens are whole prompts, each layer attends over its own keys and values, and
-                what the policy keeps of them is stored. Or a `SplitCache`, which is read with dense attention.
+                what the policy keeps of them is stored. Or a `SplitCache`: `dense_attend` reads it where it lies, for
+                another `attend` each layer of it is written out.
             lengths: int32 [B], true number of new tokens in each row, from 0 to T; None = T. Rows beyond are padding:
                 they are written beyond the new length, where the next call overwrites them. A row of 0 keeps its
                 tokens, and its last logits mean nothing.
@@ -86,12 +87,10 @@ class Decoder(nnx.Module):
             ValueError: shapes or dtypes that do not fit the model, a cache smaller than T, an unknown `logits`.
         """
         check_call(self.config, tokens, cache, lengths, logits, self.dtype)
-        if isinstance(cache, SplitCache) and attend is not dense_attend:
-            raise ValueError("what a cache policy has stored is read with dense attention only")
         config, (batch, count) = self.config, tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), count, jnp.int32)
-        start = cache.length if isinstance(cache, KVCache | SplitCache) else jnp.zeros_like(lengths)
+        start = cache.length if isinstance(cache, KVCache | QuantisedKV | SplitCache) else jnp.zeros_like(lengths)
         if rope_lengths is None:
             rope_lengths = start + lengths
         x, cache, aux = run_layers(
@@ -184,7 +183,7 @@ def stack_layers(num_layers: int, make_layer: Callable[[nnx.Rngs], nnx.Module], 
 def run_layers(
     layers: nnx.Module,
     x: jax.Array,
-    cache: KVCache | SplitCache | AnyPolicy,
+    cache: KVCache | QuantisedKV | SplitCache | AnyPolicy,
     *,
     rotation: Rotation,
     attend: Attend,
@@ -212,7 +211,7 @@ def run_layers(
     """
     graph, parameters = nnx.split(layers)
     num_layers = jax.tree.leaves(parameters)[0].shape[0]
-    access = cache_access(cache, lengths, num_layers)
+    access = cache_access(cache, lengths, num_layers, in_place=attend is dense_attend)
 
     def call(layer_input, q, k, v, **where):
         return attend(q, k, v, layer_input, scale=scale, **where)
@@ -249,7 +248,7 @@ def select_rows(x: jax.Array, lengths: jax.Array, logits: str) -> jax.Array:
 def check_call(
     config: Any,
     tokens: jax.Array,
-    cache: KVCache | SplitCache | AnyPolicy,
+    cache: KVCache | QuantisedKV | SplitCache | AnyPolicy,
     lengths: jax.Array | None,
     logits: str,
     dtype: jnp.dtype,
@@ -273,13 +272,13 @@ def check_call(
         raise ValueError(f"lengths must be [{batch}], one for each row of tokens, got {list(lengths.shape)}")
     if isinstance(cache, SplitCache):
         cache = cache.tail
-    if not isinstance(cache, KVCache):
+    if not isinstance(cache, KVCache | QuantisedKV):
         return
     expected = (config.num_layers, batch, cache.capacity, config.num_kv_heads, config.head_dim)
     for name, array in (("k", cache.k), ("v", cache.v)):
         if array.shape != expected:
             raise ValueError(f"cache.{name} is {list(array.shape)}, this model and batch need {list(expected)}")
-        if array.dtype != dtype:
+        if isinstance(cache, KVCache) and array.dtype != dtype:
             raise ValueError(f"cache.{name} is {array.dtype}, the model's parameters are {dtype}")
     if not isinstance(cache.length, jax.core.Tracer) and np.asarray(cache.length).max() + count > cache.capacity:
         held = np.asarray(cache.length).max()
