@@ -79,7 +79,9 @@ def draw_shares(group):
 
 
 def draw_prefill_times(group):
-    """A figure with seconds of whole prefills by length: dense, sparse, and without attention."""
+    """A figure with seconds of whole prefills by length: dense, sparse, and without attention; None for one length."""
+    if len({pair.any["length"] for pair in group}) == 1:
+        return None
     lines = {}
     for pair in group:
         for name, row, field in (

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from minference_jax.bench.prefill_table import prefill_table
+from minference_jax.bench.prefill_table import Pair, prefill_groups, prefill_table
 from minference_jax.bench.records import attention_table, groups, milliseconds, read, with_block
 
 ROOT = Path(__file__).parent.parent
@@ -23,16 +23,18 @@ def updated() -> dict[Path, str]:
     """The files as they should be."""
     readme, all_results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
     of_attention = read(ROOT / "benchmarks" / "results" / "attention.jsonl")
+    of_prefill = read(ROOT / "benchmarks" / "results" / "prefill.jsonl")
+    results = with_block(all_results.read_text(), "results", attention_table(of_attention))
     return {
         readme: _updated_readme(readme.read_text(), headline_table(of_attention)),
-        all_results: with_block(all_results.read_text(), "results", attention_table(of_attention)),
+        all_results: with_block(results, "prefill", prefill_section(of_prefill)),
     }
 
 
 def _updated_readme(text: str, headline: str) -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", headline)
-    text = with_block(text, "prefill", prefill_section(results / "prefill.jsonl"))
+    text = with_block(text, "prefill", whole_prefills_table(read(results / "prefill.jsonl")))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
@@ -40,18 +42,57 @@ def _updated_readme(text: str, headline: str) -> str:
     return with_block(text, "full size", full_size_table(read(results / "full_size.jsonl")))
 
 
-def prefill_section(path: Path, plots: Path = ROOT / "benchmarks" / "plots") -> str:
-    """Markdown: whole prefills, under a heading, with their pictures; empty where none are recorded."""
-    table = prefill_table(read(path)) if path.exists() else ""
-    if not table:
-        return ""
+def prefill_section(records: list[dict[str, Any]], plots: Path = ROOT / "benchmarks" / "plots") -> str:
+    """Markdown: every prefill and its parts, with their pictures."""
     kinds = {"times": "Seconds of whole prefills by length", "parts": "Parts of whole prefills"}
     shown = [
-        f"![{what}](benchmarks/plots/{file.name})"
+        f"![{what}](plots/{file.name})"
         for kind, what in kinds.items()
         for file in sorted(plots.glob(f"*_prefill_{kind}.png"))
     ]
-    return "\n\n".join(["### Whole prefills", table, *shown])
+    return "\n\n".join([prefill_table(records), *shown])
+
+
+def whole_prefills_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: prefills of all layers by length; dense from the layers that were timed where all took too long."""
+    every = prefill_groups(records)
+    (group,) = (group for group in every if group[0].any["layers"] == group[0].any["model_layers"])
+    lines = []
+    for pair in group:
+        one = pair.any
+        dense = f"{pair.dense['ms'] / 1e3:.3g}" if pair.dense else ""
+        ratio = f"{1 / one['ratio']:.2f}" if pair.dense else ""
+        if pair.dense is None and (layers := _dense_of_layers(one, every)):
+            dense = f"{layers['extrapolated_ms'] / 1e3:.3g}, from {layers['layers']} layers"
+            ratio = f"{layers['extrapolated_ms'] / one['ms']:.1f}, from {layers['layers']} layers"
+        cells = [f"{one['length']:,}", one["attention"], one["kv_cache"], one["linear"] or one["dtype"], dense]
+        cells += [f"{one['ms'] / 1e3:.3g}", ratio, f"{one['peak_bytes'] / 1e9:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "| tokens | attention | cache | linear layers | dense, s | sparse, s | dense : sparse | sparse, GB |"
+    first = group[0].any
+    note = (
+        f"Whole prefills of {first['case']}'s shape with random weights, dense causal cuDNN and sparse in turn in one "
+        f"process. {_lists_of(group)} {first['device']}. Every figure, parts, energy, versions and commits: "
+        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md#whole-prefills)."
+    )
+    return "\n".join([head, "|" + " --- |" * 8, *lines, "", note])
+
+
+def _dense_of_layers(one: dict[str, Any], every: list[list[Pair]]) -> dict[str, Any] | None:
+    """The dense prefill of the same model's first layers that says how long all of them would take."""
+    same = ("device", "case", "dtype", "length", "kv_cache", "linear")
+    dense = (pair.dense for group in every for pair in group if pair.dense and pair.dense["extrapolated_ms"])
+    return next((other for other in dense if all(other[name] == one[name] for name in same)), None)
+
+
+def _lists_of(group: list[Pair]) -> str:
+    """Which lists a table's sparse prefills computed."""
+    lengths: dict[str, list[str]] = {}
+    for one in (pair.sparse for pair in group if pair.sparse and pair.sparse["attention"] != "auto"):
+        lengths.setdefault(one["lists"], []).append(f"{one['length']:,}")
+    said = "; ".join(f"{lists} ({', '.join(dict.fromkeys(places))})" for lists, places in lengths.items())
+    pattern = next(pair.sparse["pattern"] for pair in group if pair.sparse)
+    return f"Pattern: {pattern}; lists from {said}."
 
 
 def headline_table(records: list[dict[str, Any]]) -> str:

@@ -165,5 +165,13 @@ def memory_for(what: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory = "shared memory than a GPU program may use" if "Shared memory" in str(error) else "memory than is free"
-        raise MemoryError(f"{what} needs more {memory}") from error
+        raise MemoryError(f"{what} needs more {_memory_that_ran_out(str(error))}") from error
+
+
+def _memory_that_ran_out(error: str) -> str:
+    if "Out of host memory" in error:
+        return (
+            "pinned host memory than jax may take; it takes 64 GB at most where the environment variable "
+            "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says no other number"
+        )
+    return "shared memory than a GPU program may use" if "Shared memory" in error else "memory than is free"

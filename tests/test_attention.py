@@ -374,13 +374,21 @@ def test_gpu_implementations_decline_on_a_cpu_in_one_sentence(name):
         attention.dense_attention(q, k, v, implementation=name)
 
 
-def test_memory_that_does_not_suffice_is_said_with_the_sizes(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("Out of memory, and pages more", "memory than is free$"),
+        ("Shared memory size limit exceeded", "shared memory than a GPU program may use$"),
+        ("Out of host memory while trying to allocate", "pinned host memory .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_said_with_the_sizes(monkeypatch, error, said):
     def exhaust(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, and pages more")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {error}")
 
     monkeypatch.setattr(attention, "_dense", exhaust)
-    message = r"^attention of q float32\[1, 7, 4, 16\] to k and v float32\[1, 7, 2, 16\] needs more memory than is free"
-    with pytest.raises(MemoryError, match=message):
+    sizes = r"^attention of q float32\[1, 7, 4, 16\] to k and v float32\[1, 7, 2, 16\] needs more "
+    with pytest.raises(MemoryError, match=sizes + said):
         attention.dense_attention(*make(T=7))
 
 

@@ -397,3 +397,18 @@ def test_plots_are_drawn_of_records_old_and_new(suffix, tmp_path):
     named = [path.stem.rpartition("_")[2] for path in paths]
     assert named == ["time", "speedup", "rate", "shares", "time", "speedup", "rate"]
     assert all(path.stat().st_size > 0 for path in paths)
+
+
+@pytest.mark.parametrize(("ms", "repeats", "called"), [(4.0, 2, 3), (0.01, 2, 50), (30.0, 2, 1), (4.0, 1, 1)])
+def test_short_calls_are_timed_in_a_row_and_long_ones_alone(monkeypatch, ms, repeats, called):
+    now, made = [0.0], []
+
+    def call():
+        made.append(now[0])
+        now[0] += ms / 1e3
+
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(attention, "WARM_SECONDS", 0.0)
+    times = attention.timed({"call": (repeats, call)}, in_turn=False)["call"]
+    assert times == pytest.approx([ms] * repeats)
+    assert len(made) == 1 + (repeats > 1) + repeats * called

@@ -80,24 +80,34 @@ def test_a_table_says_what_is_extrapolated_and_leaves_out_what_did_not_fit():
     assert prefill_table.prefill_table([]) == prefill_table.prefill_table([{**example(), "suite": "models"}]) == ""
 
 
-def test_a_section_has_table_and_pictures_and_there_is_none_without_records(tmp_path):
+def test_the_section_of_all_results_has_tables_and_pictures(tmp_path):
     section = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))["prefill_section"]
-    assert section(tmp_path / "none.jsonl", tmp_path) == ""
-    for one in pair():
-        records.append(tmp_path / "some.jsonl", one)
     (tmp_path / "a_gpu_prefill_times.png").touch()
-    text = section(tmp_path / "some.jsonl", tmp_path)
-    assert text.startswith("### Whole prefills\n\n| tokens |")
-    assert text.endswith("\n\n![Seconds of whole prefills by length](benchmarks/plots/a_gpu_prefill_times.png)")
+    text = section(pair(), tmp_path)
+    assert text.startswith(prefill_table.prefill_table(pair()))
+    assert text.endswith("\n\n![Seconds of whole prefills by length](plots/a_gpu_prefill_times.png)")
+
+
+def test_the_headline_says_where_dense_is_reckoned_from_some_layers():
+    table = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))["whole_prefills_table"]
+    given = {"length": 1048576, "kv_cache": "int8"}
+    some = pair(**given, layers=2, dense_ms=39000.0, extrapolated_ms=624000.0)
+    whole = pair(**given, dense_ms=None, ms=30000.0)[1]
+    short = [one | {"kv_cache": "plain"} for one in pair()]
+    lines = table([*some, whole, *short]).splitlines()
+    assert lines[2] == "| 131,072 | minference | plain | bfloat16 | 12 | 4 | 3.00 | 45.0 |"
+    assert lines[3].split(" | ")[3:7] == ["bfloat16", "624, from 2 layers", "30", "20.8, from 2 layers"]
+    assert "lists from activations of random weights (131,072, 1,048,576)" in lines[-1]
 
 
 def test_plots_are_drawn_of_whole_prefills(tmp_path):
     pytest.importorskip("matplotlib")
     draw = runpy.run_path(str(ROOT / "benchmarks" / "plot.py"))["draw_prefills"]
-    rows = [*pair(), *pair(length=8192), *pair(device="another", kernel_ms=None, linear_ms=None)]
+    without_parts = [row | {"device": "another", "kernel_ms": None} for row in (*pair(), *pair(length=8192))]
+    rows = [*pair(), *pair(length=8192), *without_parts, *pair(device="of one length")]
     paths = draw(rows, tmp_path / "plots")
     kinds = [path.stem.partition("_prefill_")[2] for path in paths]
-    assert sorted(kinds) == ["parts", "times", "times"]  # one of the devices has no parts
+    assert sorted(kinds) == ["parts", "parts", "times", "times"]
     assert all(path.stat().st_size > 0 for path in paths)
     assert draw([], tmp_path / "nothing") == []
     assert not (tmp_path / "nothing").exists()
