@@ -12,6 +12,7 @@ from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
 from minference_jax import AShape, VerticalSlash, cli, implementations, load, uniform_patterns, write_patterns
 from minference_jax.bench import meters, prefill, prefill_parts, random_model, records, shapes
+from minference_jax.cache import policy_of
 from minference_jax.cli import bench_prefill_command
 from minference_jax.convert.hf_config import read_config
 from minference_jax.estimate import EstimateKernels
@@ -200,9 +201,33 @@ def test_nothing_is_compiled_in_a_timed_part_of_a_model_that_was_loaded_to_a_dev
     parameters = jax.device_put(parameters_of(given), jax.devices()[0])  # committed, as `load` puts them
     model = LanguageModel(from_parameters(given.config, parameters))
     attend, _ = model.choose(128, "dense", None, "line", None)
-    prefill_parts._write.clear_cache()
-    prefill_parts.time_parts(model, np.arange(100), attend, None)
-    assert prefill_parts._write._cache_size() == 1
+    for run, chunk_size in ((prefill_parts._write, None), (prefill_parts._append, 128)):
+        run.clear_cache()
+        prefill_parts.time_parts(model, np.arange(200), attend, None, chunk_size)
+        assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk_size"),
+    [("int8", None), ("int8", 128), ("fp8", 128), ("snapkv", None), ("streaming_llm", None), ("host", None)],
+)
+def test_the_part_of_the_cache_is_what_its_policy_keeps(monkeypatch, name, chunk_size):
+    model, tokens = subject().model, np.random.default_rng(1).integers(0, 257, 200)
+    attend, _ = model.choose(256, "dense", None, "line", None)
+    walks, times = [], prefill_parts._Walk.times
+    monkeypatch.setattr(prefill_parts._Walk, "times", lambda walk: walks.append(walk) or times(walk))
+    parts = prefill_parts.time_parts(model, tokens, attend, None, chunk_size, policy_of(name))
+    assert parts["cache"] > 0
+    if name == "host":  # it is copied, and nothing of it stays
+        assert walks[0]._held is None
+        return
+    stored = model.prefill(tokens, attention="dense", chunk_size=chunk_size, kv_cache=name).cache
+    kept = jax.tree.leaves(walks[0]._held._replace(length=stored.length) if chunk_size else walks[0]._held)
+    expected = jax.tree.leaves(stored)[: len(kept)]
+    assert [(x.shape, x.dtype) for x in kept] == [(x.shape, x.dtype) for x in expected]
+    for x, other in zip(kept, expected, strict=True):  # what goes into the first layer is the same
+        atol = 1e-5 if jnp.issubdtype(x.dtype, jnp.floating) else 1.01
+        np.testing.assert_allclose(*(np.asarray(each[0], np.float32) for each in (x, other)), rtol=1e-5, atol=atol)
 
 
 def test_random_weights_are_those_that_the_models_begin_with():

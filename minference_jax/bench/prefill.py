@@ -24,7 +24,7 @@ from minference_jax.bench.records import environment, record
 from minference_jax.cache import AnyPolicy, Host, Plain, policy_of
 from minference_jax.generate import LanguageModel, PrefillResult, compile_ahead
 from minference_jax.generate.attend import SparseAttend
-from minference_jax.generate.chunks import check_chunk_size, check_whole, prefill_in_chunks
+from minference_jax.generate.chunks import check_chunks, prefill_in_chunks
 from minference_jax.generate.programs import prefill
 from minference_jax.generate.prompts import pad_prompts
 from minference_jax.implementations import device_of, memory_for
@@ -114,9 +114,8 @@ class PrefillBench:
     ):
         if attention.name == DENSE.name:
             raise ValueError("attention='dense' can't be compared with dense: another one is needed")
-        check_chunk_size(chunk_size)
         self._policy = policy_of(kv_cache)
-        check_whole(chunk_size, self._policy)
+        check_chunks(chunk_size, self._policy)
         subject.model.sparse_on_device(implementation)
         self._subject, self._model, self._sparse = subject, subject.model, attention
         self._split_model = nnx.split(subject.model.model)
@@ -213,7 +212,7 @@ class PrefillBench:
         padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
         with memory_for("it"):
             if chunk_size is not None and lengths[0] > chunk_size:
-                return prefill_in_chunks(graph, state, padded, lengths, patterns, attend, chunk_size)
+                return prefill_in_chunks(graph, state, padded, lengths, patterns, attend, chunk_size, self._policy)
             policy = Plain() if isinstance(self._policy, Host) else self._policy
             return prefill(graph, state, padded, lengths, patterns, attend, policy)
 
@@ -246,7 +245,7 @@ class PrefillBench:
 
     def _add_parts(self, side: _Side, tokens: np.ndarray) -> None:
         attend, patterns = self._attend(side.name, side.timer.implementation, len(tokens))
-        side.facts.update(time_parts(self._model, tokens, attend, patterns, self._chunk_size))
+        side.facts.update(time_parts(self._model, tokens, attend, patterns, self._chunk_size, self._policy))
 
     def _attend(self, name: str, implementation: str | None, length: int = 1):
         """How to attend and pattern arrays, as `LanguageModel.prefill` chooses them."""

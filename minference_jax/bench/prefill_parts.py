@@ -19,7 +19,8 @@ from jax import Array, lax
 
 from minference_jax import estimate
 from minference_jax.bench.constructed import ConstructedAttend
-from minference_jax.cache import init_cache, write_layer
+from minference_jax.cache import AnyPolicy, Growing, Host, Plain
+from minference_jax.cache.host import to_host
 from minference_jax.capacities import Capacities
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.attend import SparseAttend
@@ -32,8 +33,10 @@ from minference_jax.models import Attend
 from minference_jax.patterns import PatternArrays, PatternKind
 
 PARTS = ("cache", "mass", "index", "kernel")
-"""Writing keys and values to the cache; attention mass, the first part of the estimate; estimate and layout, the mass
-among it; attention itself."""
+"""Keeping keys and values as the cache policy does; attention mass, the first part of the estimate; estimate and
+layout, the mass among it; attention itself."""
+
+_PLAIN = Plain()
 
 
 class _Sparse(NamedTuple):
@@ -51,6 +54,7 @@ def time_parts(
     attend: Attend,
     patterns: PatternArrays | None,
     chunk_size: int | None = None,
+    policy: AnyPolicy = _PLAIN,
 ) -> dict[str, float | None]:
     """Milliseconds of each of `PARTS`, summed over all layers, and all chunks, of one call each.
 
@@ -60,6 +64,7 @@ def time_parts(
       attend: how, from `choose_attend`, of an implementation that can do it.
       patterns: numpy int32 [L, N]; None where attention is dense.
       chunk_size: tokens read at a time; None = all.
+      policy: of the cache. With `Host` its part is the copies alone, which a prefill hides behind its other work.
 
     Returns:
       None for parts that there are not: "mass" where no head is vertical-slash, "mass" and "index" where attention is
@@ -70,13 +75,14 @@ def time_parts(
       MemoryError: the device has too little.
     """
     with memory_for(f"the parts of a prefill of {len(tokens)} tokens, one after another,"):
-        return _Walk(model, tokens, attend, patterns, chunk_size).times()
+        return _Walk(model, tokens, attend, patterns, chunk_size, policy).times()
 
 
 class _Walk:
     """One prompt read layer by layer."""
 
-    def __init__(self, model, tokens, attend, patterns, chunk_size):
+    def __init__(self, model, tokens, attend, patterns, chunk_size, policy):
+        self._policy = policy
         self._graph, self._state = nnx.split(model.model)
         self._attend, self._patterns, self._config = attend, patterns, model.config
         self._dtype, self._scale = model.model.dtype, model.config.head_dim**-0.5
@@ -87,21 +93,15 @@ class _Walk:
         self._tokens = np.pad(padded, ((0, 0), (0, -padded.shape[1] % self._chunk)))
         self._sums = dict.fromkeys(PARTS, 0.0)
         self._is_warm = False
+        self._held: Any = None
 
     def times(self) -> dict[str, float | None]:
         """Reads; gives the sums."""
-        config, capacity = self._config, self._tokens.shape[1]
-        cache = init_cache(config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim, self._dtype)
-        leaf = jax.tree.leaves(self._state)[0]
-        if leaf.committed:  # as what each write makes is: else the first that is timed would compile another program
-            cache = jax.device_put(cache, leaf.sharding)
-        held = [cache.k, cache.v]
-        del cache
         for start in range(0, int(self._lengths[0]), self._chunk):
             x = _embed(self._graph, self._state, self._tokens[:, start : start + self._chunk])
             counts = np.minimum(self._lengths - start, self._chunk).astype(np.int32)
-            for layer in range(config.num_layers):
-                x = self._layer(np.int32(layer), x, np.full(1, start, np.int32), counts, held)
+            for layer in range(self._config.num_layers):
+                x = self._layer(np.int32(layer), x, np.full(1, start, np.int32), counts)
         absent: tuple[str, ...] = ()
         if self._patterns is None:
             absent = ("mass", "index")
@@ -109,22 +109,47 @@ class _Walk:
             absent = ("mass",)
         return {part: None if part in absent else 1e3 * seconds for part, seconds in self._sums.items()}
 
-    def _layer(self, index: np.int32, x: Array, start: np.ndarray, counts: np.ndarray, held: list[Array]) -> Array:
-        """Hidden states behind one layer; `held` are all keys and all values."""
+    def _layer(self, index: np.int32, x: Array, start: np.ndarray, counts: np.ndarray) -> Array:
+        """Hidden states behind one layer."""
         where = {"start": start, "counts": counts, "rope_lengths": self._lengths}
-        q, *new = jax.block_until_ready(_project(self._graph, self._state, index, x, **where))
-
-        def write() -> list[Array]:
-            held[:] = _write(*held, *new, index, start)
-            return held
-
-        self._timed("cache", write)
-        new.clear()
-        k, v = jax.block_until_ready(_read(*held, index))
+        qkv = jax.block_until_ready(_project(self._graph, self._state, index, x, **where))
+        q, (k, v) = qkv[0], self._keep(index, start, *qkv)
+        del qkv
         out = self._attention(int(index), q, k, v, {"q_offset": start, "kv_len": start + counts})
         self._is_warm = True
         del q, k, v
         return jax.block_until_ready(_finish(self._graph, self._state, index, x, out, **where))
+
+    def _keep(self, index: np.int32, start: np.ndarray, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Keeps a layer's keys and values; gives those that its queries attend to."""
+        if self._chunk < self._tokens.shape[1]:
+            return self._timed("cache", lambda: self._append(index, start, k, v))
+        is_on_host = isinstance(self._policy, Host)
+        self._timed("cache", lambda: (to_host(k), to_host(v)) if is_on_host else self._write(index, q, k, v))
+        return k, v
+
+    def _append(self, index: np.int32, start: np.ndarray, k: Array, v: Array) -> tuple[Array, Array]:
+        if self._held is None:
+            config = self._config
+            sizes = (config.num_layers, 1, self._tokens.shape[1], config.num_kv_heads, config.head_dim, self._dtype)
+            self._held = self._placed(self._policy.empty(*sizes))
+        self._held, *every = _append(self._held, index, start, k, v)
+        return tuple(every)
+
+    def _write(self, index: np.int32, q: Array, k: Array, v: Array) -> Any:
+        layers = self._config.num_layers
+        keep = functools.partial(self._policy.keep, num_layers=layers, scale=self._scale)
+        if self._held is None:
+            one = jax.eval_shape(keep, q, k, v, lengths=self._lengths, layer=index)
+            self._held = self._placed(jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), one))
+        how = {"policy": self._policy, "num_layers": layers, "scale": self._scale}
+        self._held = _write(self._held, index, q, k, v, self._lengths, **how)
+        return self._held
+
+    def _placed(self, held: Any) -> Any:
+        """Where each write leaves it: else the first that is timed would compile another program."""
+        leaf = jax.tree.leaves(self._state)[0]
+        return jax.device_put(held, leaf.sharding) if leaf.committed else held
 
     def _attention(self, layer: int, q: Array, k: Array, v: Array, where: dict[str, np.ndarray]) -> Array:
         if self._patterns is None:
@@ -179,14 +204,16 @@ def _finish(graph, state, index, x, out, start, counts, rope_lengths) -> Array:
     return nnx.merge(graph, state).run_layer(index, x, counts, give, **places)[0]
 
 
-@functools.partial(jax.jit, donate_argnames=("keys", "values"))
-def _write(keys: Array, values: Array, k: Array, v: Array, index: Array, start: Array) -> tuple[Array, Array]:
-    return write_layer(keys, k, index, start), write_layer(values, v, index, start)
+@functools.partial(jax.jit, donate_argnames="cache")
+def _append(cache: Growing, index: Array, start: Array, k: Array, v: Array) -> tuple[Growing, Array, Array]:
+    return cache._replace(length=start).append(index, k, v)
 
 
-@jax.jit
-def _read(keys: Array, values: Array, index: Array) -> tuple[Array, Array]:
-    return tuple(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (keys, values))  # type: ignore[return-value]
+@functools.partial(jax.jit, static_argnames=("policy", "num_layers", "scale"), donate_argnames="held")
+def _write(held: Any, index: Array, q: Array, k: Array, v: Array, lengths: Array, policy, num_layers, scale) -> Any:
+    """What all layers keep, with one layer's in its place."""
+    kept = policy.keep(q, k, v, lengths=lengths, layer=index, num_layers=num_layers, scale=scale)
+    return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), held, kept)
 
 
 @functools.partial(jax.jit, static_argnames=("attend", "scale"))

@@ -52,9 +52,10 @@ Suite "prefill", whole prefills: linear is "fp8" where linear layers are of 8-bi
 compile_ms and all else are of the `layers` that were run; where the model has more, `model_layers`, extrapolated_ms =
 ms * model_layers / layers, which was not measured. linear_ms is a prefill whose attention gives back its queries:
 everything but attention, with the embedding, the writes to the cache and the logits.
-cache_ms (these writes, so a part of linear_ms), index_ms, estimate_ms and kernel_ms are each timed alone, one call for
-every layer, on that layer's own arrays, and summed: each call waits for the one before, which counts where a part takes
-less than a millisecond a layer. What ms has beyond linear_ms, index_ms and kernel_ms is in no part.
+cache_ms (these writes, so a part of linear_ms; with kv_cache "host" the copies, which a prefill hides), index_ms,
+estimate_ms and kernel_ms are each timed alone, one call for every layer, on that layer's own arrays, and summed: each
+call waits for the one before, which counts where a part takes less than a millisecond a layer. What ms has beyond
+linear_ms, index_ms and kernel_ms is in no part.
 decode_ms: of one token of an answer behind the prompt, median.
 lists: what the lists were estimated from, live, in each prefill. kv_cache: the policy's name. peak_bytes: of the
 device, seen during the case's own timed runs; planned_bytes: what `plan_memory` says of the same prefill.

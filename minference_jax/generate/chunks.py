@@ -19,28 +19,17 @@ _PLAIN = Plain()
 _UNIT = 128  # tokens: chunks hold whole tiles of queries
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Refuses, with ValueError, what is neither None nor a positive multiple of 128 tokens."""
+def check_chunks(chunk_size: int | None, policy: AnyPolicy) -> None:
+    """Refuses, with ValueError, what is neither None nor a positive multiple of 128, and policies for whole prompts."""
     if chunk_size is None:
         return
     is_integer = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
     if not is_integer or chunk_size < _UNIT or chunk_size % _UNIT:
         raise ValueError(f"{chunk_size=} must be None or a multiple of {_UNIT} tokens, at least {_UNIT}")
-
-
-def check_chunks(chunk_size: int | None, policy: AnyPolicy) -> None:
-    """As `check_chunk_size`, and refuses chunks with a policy that needs a whole prompt or keeps it in host memory."""
-    check_chunk_size(chunk_size)
-    if chunk_size is not None and not isinstance(policy, Plain | Quantised):
+    if not isinstance(policy, Plain | Quantised):
         raise ValueError(
             f"a prefill in chunks takes kv_cache='plain', 'int8' or 'fp8'; {policy.name!r} is for prompts read at once"
         )
-
-
-def check_whole(chunk_size: int | None, policy: AnyPolicy) -> None:
-    """Refuses, with ValueError, chunks with a policy that is not plain: later chunks attend to all that was read."""
-    if chunk_size is not None and not isinstance(policy, Plain):
-        raise ValueError(f"a prefill in chunks takes kv_cache='plain', {policy.name!r} is for prompts read at once")
 
 
 def prefill_in_chunks(
