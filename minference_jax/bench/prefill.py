@@ -21,7 +21,7 @@ from minference_jax.bench.meters import Meter
 from minference_jax.bench.oracle import WrongResult
 from minference_jax.bench.prefill_parts import time_parts
 from minference_jax.bench.records import environment, record
-from minference_jax.cache import AnyPolicy, Host, Plain, policy_of
+from minference_jax.cache import AnyPolicy, Host, Plain, Quantised, policy_of
 from minference_jax.generate import LanguageModel, PrefillResult, compile_ahead
 from minference_jax.generate.attend import SparseAttend
 from minference_jax.generate.chunks import check_chunks, prefill_in_chunks
@@ -211,7 +211,7 @@ class PrefillBench:
         config, chunk_size = self._model.config, self._chunk_size
         padded, lengths = pad_prompts([tokens], vocab_size=config.vocab_size, max_length=config.max_length)
         with memory_for("it"):
-            if chunk_size is not None and lengths[0] > chunk_size:
+            if chunk_size is not None and lengths[0] > chunk_size and isinstance(self._policy, Plain | Quantised):
                 return prefill_in_chunks(graph, state, padded, lengths, patterns, attend, chunk_size, self._policy)
             policy = Plain() if isinstance(self._policy, Host) else self._policy
             return prefill(graph, state, padded, lengths, patterns, attend, policy)

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from minference_jax import estimate
 from minference_jax.bench.constructed import ConstructedAttend
-from minference_jax.cache import AnyPolicy, Growing, Host, Plain
+from minference_jax.cache import AnyPolicy, Host, KVCache, Plain, QuantisedKV
 from minference_jax.cache.host import to_host
 from minference_jax.capacities import Capacities
 from minference_jax.generate import LanguageModel
@@ -205,7 +205,7 @@ def _finish(graph, state, index, x, out, start, counts, rope_lengths) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _append(cache: Growing, index: Array, start: Array, k: Array, v: Array) -> tuple[Growing, Array, Array]:
+def _append(cache: KVCache | QuantisedKV, index: Array, start: Array, k: Array, v: Array) -> tuple[Any, Array, Array]:
     return cache._replace(length=start).append(index, k, v)
 
 
