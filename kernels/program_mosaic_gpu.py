@@ -5,6 +5,7 @@ One brings keys and values into shared memory, step by step; two compute (``warp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,9 +86,17 @@ class Program(NamedTuple):
         """Parts of head_dim."""
         return self.held["k"][0].shape[1]
 
-    def slot(self, number: Array) -> Array:
-        """Where step ``number`` lies in shared memory."""
-        return lax.rem(number, jnp.int32(self.tiles.num_stages))
+    @property
+    def slot_keys(self) -> int:
+        """Keys of a slot of shared memory: those of a step, or of half of one."""
+        return self.held["k"][0].shape[2]
+
+    def slot(self, number: Array, half: Array | int = 0) -> Array:
+        """Where step ``number`` lies in shared memory, or a half of it that has a slot to itself."""
+        pieces, stages = WHOLE // self.slot_keys, self.tiles.num_stages
+        if stages % pieces:
+            return lax.rem(number * pieces + half, jnp.int32(stages))
+        return lax.rem(number, jnp.int32(stages // pieces)) * pieces + half  # the same, in fewer registers
 
     def head_dims(self, chunk: int) -> Any:
         """A part of head_dim, zeros where it ends: only a start that is not static may leave less than a chunk."""
@@ -197,21 +206,23 @@ def _bring(program: Program, part: Part, place: Array, number: Array) -> None:
     """One step."""
     inputs, held = program.inputs, program.held
     sequence, head, tile = program.place
-    slot = program.slot(number)
-    starts = [part.start(place, half) for half in range(COMPUTE)]
+    width = program.slot_keys
+    slots = [program.slot(number, piece) for piece in range(WHOLE // width)]
+    starts = [part.start(place, half) for half in range(WHOLE // HALF)]
     if part.of_columns:
         k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
     else:
         kv_head = lax.div(head, jnp.int32(program.group_size))
         k_from, v_from = (x.at[sequence, :, kv_head] for x in (program.k, program.v))
-    for source, name in ((k_from, "k"), (v_from, "v")):
+    for piece, (source, name) in itertools.product(range(WHOLE // width), ((k_from, "k"), (v_from, "v"))):
+        slot = slots[piece]
         plgpu.barrier_wait(held[f"{name}_free"].at[slot])
         if part.of_columns and name == "k":
             for warpgroup in range(COMPUTE):
-                at = rows.at[tile, warpgroup, pl.ds(place * WHOLE, WHOLE)]
+                at = rows.at[tile, warpgroup, pl.ds(place * WHOLE + piece * width, width)]
                 plgpu.copy_gmem_to_smem(at, held["first"].at[slot, warpgroup], held["first_here"].at[slot])
-        for half, key in enumerate(starts):
+        for half in range(width // HALF):
             for chunk in range(program.chunks):
-                at = source.at[pl.ds(key, HALF), program.head_dims(chunk)]
+                at = source.at[pl.ds(starts[piece + half], HALF), program.head_dims(chunk)]
                 into = held[name][0].at[slot, chunk, pl.ds(half * HALF, HALF)]
                 plgpu.copy_gmem_to_smem(at, into, held[f"{name}_here"].at[slot])

@@ -20,9 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from minference_jax.kernels.layouts import SparseLayout, everything
 from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, Inputs, Program, bring_kernel
 from minference_jax.kernels.softmax import valid_rows
-from minference_jax.kernels.tiles import TileConfig
+from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_slot_keys
 from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
+from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
 
 
 def dense(
@@ -88,7 +89,7 @@ def attention(
     inputs = _inputs(k, v, layout, q_offset=q_offset, kv_len=kv_len, q_len=q_len, tiles=tiles)
     leaves, tree = jax.tree.flatten(inputs)
     has_columns, has_votes = inputs.columns is not None, skip_threshold is not None
-    scratch = _scratch(-(-head_dim // CHUNK), tiles.num_stages, q.dtype, has_columns, has_votes)
+    scratch = _scratch(head_dim, tiles.num_stages, q.dtype, has_columns, has_votes)
     chosen: dict[str, Any] = {"group_size": num_heads // k.shape[2], "tiles": tiles}
     chosen["log2_threshold"] = None if skip_threshold is None else math.log2(skip_threshold)
     chosen["scale"] = abs(scale) * math.log2(math.e) if sign else 1.0
@@ -99,7 +100,8 @@ def attention(
         work = Program(q_ref, k_ref, v_ref, out_ref, lse_ref, given, held, **chosen)
         number = lax.axis_index("warpgroup")
         pl.when(number == PRODUCER)(lambda: bring_kernel(work))
-        pl.when(number < COMPUTE)(lambda: Warpgroup(work, number).compute())
+        warpgroup = WideWarpgroup if work.slot_keys == HALF else Warpgroup
+        pl.when(number < COMPUTE)(lambda: warpgroup(work, number).compute())
 
     num_tiles = -(-q_len // WHOLE)
     out, lse = plgpu.kernel(
@@ -145,8 +147,9 @@ def _inputs(k, v, layout: SparseLayout, *, q_offset, kv_len, q_len: int, tiles: 
     return Inputs(whole, split, listed, columns, layout.windows, jnp.stack([q_offset, kv_len], axis=-1))
 
 
-def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool, has_votes: bool) -> dict[str, Any]:
+def _scratch(head_dim: int, stages: int, dtype: Any, has_columns: bool, has_votes: bool) -> dict[str, Any]:
     """Shared memory and barriers of one program."""
+    chunks, keys = -(-head_dim // CHUNK), mosaic_gpu_slot_keys(head_dim)
     raw = (plgpu.SwizzleTransform(128),)
     tiled = (plgpu.TilingTransform((8, CHUNK)), *raw)
 
@@ -161,17 +164,17 @@ def _scratch(chunks: int, stages: int, dtype: Any, has_columns: bool, has_votes:
 
     scratch: dict[str, Any] = {
         "q": both(COMPUTE, chunks, HALF, CHUNK),
-        "k": both(stages, chunks, WHOLE, CHUNK),
-        "v": both(stages, chunks, WHOLE, CHUNK),
+        "k": both(stages, chunks, keys, CHUNK),
+        "v": both(stages, chunks, keys, CHUNK),
         "q_here": barrier(chunks, COMPUTE),
-        "k_here": barrier(2 * chunks),
-        "v_here": barrier(2 * chunks),
+        "k_here": barrier(keys // HALF * chunks),
+        "v_here": barrier(keys // HALF * chunks),
         "k_free": barrier(COMPUTE),
         "v_free": barrier(COMPUTE),
         "turn": barrier(1, COMPUTE),
     }
     if has_columns or has_votes:  # in one piece: each takes whole KiB. The votes are the last entry.
-        scratch["first"] = plgpu.SMEM((stages * has_columns + has_votes, COMPUTE, WHOLE), jnp.bfloat16)
+        scratch["first"] = plgpu.SMEM((stages * has_columns + has_votes, COMPUTE, keys), jnp.bfloat16)
     if has_columns:
         scratch["first_here"] = barrier(COMPUTE)
     return scratch

@@ -150,10 +150,16 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
 
 
+def mosaic_gpu_slot_keys(head_dim: int) -> int:
+    """Keys of a stage of the Mosaic GPU kernel: above a head_dim of 128 registers hold no more than 64 scores a row."""
+    return 128 if head_dim <= 128 else 64
+
+
 def mosaic_gpu_shared_memory_bytes(tiles: TileConfig, head_dim: int) -> int:
     """Shared memory of the Mosaic GPU kernel, in bytes: queries, the keys and values of every stage, rest."""
     row = -(-head_dim // 64) * 64 * 2
-    return (1 + 2 * tiles.num_stages) * 128 * row + 512 * tiles.num_stages + 1024
+    rows = 128 + 2 * tiles.num_stages * mosaic_gpu_slot_keys(head_dim)
+    return rows * row + 512 * tiles.num_stages + 1024
 
 
 def check_mosaic_gpu_tiles(tiles: TileConfig, device: Device, head_dim: int, itemsize: int) -> None:
@@ -183,10 +189,10 @@ def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig
     """
     if device.compute_capability != (9, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 9.0, not {device.kind}")
-    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 128:
+    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 256:
         raise NotImplementedError(
-            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 128, not {head_dim} in "
+            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, not {head_dim} in "
             f"{itemsize} bytes"
         )
-    choices = (TileConfig(num_stages=stages) for stages in (4, 3))
+    choices = (TileConfig(num_stages=stages) for stages in (4, 3, 2))
     return next(x for x in choices if mosaic_gpu_shared_memory_bytes(x, head_dim) <= device.shared_memory)

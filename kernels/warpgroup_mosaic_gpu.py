@@ -19,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from minference_jax.kernels.program_mosaic_gpu import CHUNK, REGISTERS, Order, Part, Program, in_order, parts_of
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE
 
-_LAYOUT = plgpu.Layout.WGMMA
-_ROWS, _COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+LAYOUT = plgpu.Layout.WGMMA
+_ROWS, _COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 _ALL = ((),) if jax.__version_info__ < (0, 11) else ()  # index of plgpu.load
 
 
@@ -88,7 +88,7 @@ class Warpgroup(NamedTuple):
         """All that it does."""
         plgpu.set_max_registers(REGISTERS[0], action="increase")
         self.begin()
-        zeros = plgpu.layout_cast(jnp.zeros((HALF, CHUNK), jnp.float32), _LAYOUT)
+        zeros = plgpu.layout_cast(jnp.zeros((HALF, CHUNK), jnp.float32), LAYOUT)
         top, total = (
             plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), _ROWS)
             for value in (float(jnp.finfo(jnp.float32).min) / 2, 0.0)
@@ -141,11 +141,12 @@ class Warpgroup(NamedTuple):
             carry = lax.fori_loop(order.near + 1 - has_masked, order.inside, between, carry)
         acc, pending = carry
         last = order.number + order.end - 1
-        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, last, acc, pending), acc)
+        slot = self.program.slot(last)
+        return lax.fori_loop(0, has_any, lambda _, acc: self.finish(part, slot, acc, pending), acc)
 
     def nothing(self, part: Part) -> Pending:
         """No weights."""
-        weights = plgpu.layout_cast(jnp.zeros((HALF, self.keys(part).size), self.program.q.dtype), _LAYOUT)
+        weights = plgpu.layout_cast(jnp.zeros((HALF, self.keys(part).size), self.program.q.dtype), LAYOUT)
         return Pending(weights, None if self.program.log2_threshold is None else jnp.int32(0))
 
     def step(
@@ -156,13 +157,23 @@ class Warpgroup(NamedTuple):
         Returns:
           The accumulator without the values of this step, and their weights.
         """
-        held, slot = self.program.held, self.program.slot(number)
+        slot = self.program.slot(number)
         acc, scores = self.multiply(part, number, acc, pending)
+        scores = self.mask(part, place, slot, self.number if part.split else 0, scores, masked)
+        return self.soften(number, acc, scores)
+
+    def mask(self, part: Part, place, slot, half, scores, masked: bool) -> Array:
+        """The scores of keys from the beginning of a half on, -inf where they must not count. Frees the keys."""
+        held = self.program.held
         if part.of_columns:
             plgpu.barrier_wait(held["first_here"].at[slot])
         if masked:
-            scores = jnp.where(self.seen(part, place, slot), scores, -jnp.inf)
+            scores = jnp.where(self.seen(part, place, slot, half), scores, -jnp.inf)
         plgpu.barrier_arrive(held["k_free"].at[slot])
+        return scores
+
+    def soften(self, number, acc: Accumulator, scores) -> tuple[Accumulator, Pending]:
+        """The softmax of a step's scores, unless it is left out."""
         largest = scores.max(axis=1) * self.program.scale
         if self.program.log2_threshold is None:
             acc, weights = self.weigh(acc, scores, largest)
@@ -176,13 +187,16 @@ class Warpgroup(NamedTuple):
         """Whether any query needs a step: int32 [], 0 = none does. Those of padding have no say, and NaN is needed."""
         program, first = self.program, self.program.held["first"]
         threshold: Any = program.log2_threshold
-        # Two places in turn: until all have read one, the barrier of the next step keeps it.
-        place = pl.ds(pl.multiple_of(lax.rem(number, jnp.int32(2)) * HALF, HALF), HALF)
+        place = pl.ds(pl.multiple_of(self.place_of_votes(number) * HALF, HALF), HALF)
         votes = first.at[first.shape[0] - 1, self.number, place]
         below = largest < acc.top + threshold
         votes[...] = jnp.where(below, 0.0, self.say).astype(jnp.bfloat16)
         plgpu.commit_smem()  # the warps wait for each other
         return plgpu.load(votes, *_ALL, layout=_COLUMNS, optimized=False).max().astype(jnp.int32)
+
+    def place_of_votes(self, number) -> Array:
+        """One of two in turn: until all have read one, the barrier of the next step keeps it."""
+        return lax.rem(number, jnp.int32(2))
 
     def multiply(self, part: Part, number, acc: Accumulator, pending: Pending | None) -> tuple[Accumulator, Array]:
         """At the tensor cores: the scores of a step, and the pending weights times the values of the one before."""
@@ -192,14 +206,12 @@ class Warpgroup(NamedTuple):
         def products(weights, *out):
             def run(refs):
                 scores, *outs = refs
-                for chunk in range(program.chunks):
-                    k = _transposed(held["k"][1].at[slot, chunk, keys])
-                    plgpu.wgmma(scores, held["q"][1].at[self.number, chunk], k)
+                self.add_scores(scores, slot, keys)
                 if weights is not None:
                     self.add_values(outs, weights, last, keys)
                 plgpu.barrier_arrive(self.others_turn)
 
-            nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), _LAYOUT)
+            nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), LAYOUT)
             return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in (nothing, *out))))
 
         plgpu.barrier_wait(held["k_here"].at[slot])
@@ -212,9 +224,9 @@ class Warpgroup(NamedTuple):
         plgpu.barrier_arrive(held["v_free"].at[last])
         return acc._replace(out=tuple(out)), scores
 
-    def finish(self, part: Part, number, acc: Accumulator, pending: Pending) -> Accumulator:
-        """Adds the values of a part's last step."""
-        slot, held = self.program.slot(number), self.program.held
+    def finish(self, part: Part, slot, acc: Accumulator, pending: Pending) -> Accumulator:
+        """Adds the values of a slot that no later step adds. It has the turn then."""
+        held = self.program.held
         plgpu.barrier_wait(held["v_here"].at[slot])
         plgpu.barrier_wait(self.turn)
 
@@ -225,6 +237,12 @@ class Warpgroup(NamedTuple):
         out = pending.unless_left_out(add, lambda _, *out: out, pending.weights, *acc.out)
         plgpu.barrier_arrive(held["v_free"].at[slot])
         return acc._replace(out=tuple(out))
+
+    def add_scores(self, scores, slot, keys) -> None:
+        """Queries times keys, to an accumulator of the tensor cores."""
+        held = self.program.held
+        for chunk in range(self.program.chunks):
+            plgpu.wgmma(scores, held["q"][1].at[self.number, chunk], _transposed(held["k"][1].at[slot, chunk, keys]))
 
     def add_values(self, outs, weights, slot, keys) -> None:
         """Weights times values, to accumulators of the tensor cores."""
@@ -243,11 +261,11 @@ class Warpgroup(NamedTuple):
         out, total, top, weights = lax.optimization_barrier((out, total, top, weights))
         return Accumulator(top, total, out), weights
 
-    def seen(self, part: Part, place, slot) -> Array:
-        """Which of the keys each query sees: bool [64, keys]."""
+    def seen(self, part: Part, place, slot, half) -> Array:
+        """Which of the keys each query sees, from the beginning of a half on: bool [64, keys]."""
         program, shape = self.program, (HALF, self.keys(part).size)
         if part.of_columns:
-            row = plgpu.broadcasted_iota(jnp.float32, shape, 0, layout=_LAYOUT)
+            row = plgpu.broadcasted_iota(jnp.float32, shape, 0, layout=LAYOUT)
             first = plgpu.load(program.held["first"].at[slot, self.number], *_ALL, layout=_COLUMNS, optimized=False)
             return row >= lax.broadcast_in_dim(first.astype(jnp.float32), shape, [1])
         row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=_ROWS)
@@ -255,7 +273,7 @@ class Warpgroup(NamedTuple):
         column = lax.optimization_barrier(plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=_COLUMNS))
         column = lax.broadcast_in_dim(column, shape, [1])
         sequence, head, _ = program.place
-        key = part.start(place, self.number if part.split else 0)
+        key = part.start(place, half)
         newest = row + (program.start + self.number * HALF - key)
         oldest = jnp.maximum(newest - program.inputs.windows[sequence, head] + 1, -key)
         newest, oldest = (lax.broadcast_in_dim(x, shape, [0]) for x in (newest, oldest))
@@ -268,7 +286,7 @@ class Warpgroup(NamedTuple):
         window = program.inputs.windows[sequence, head]
         has_keys = acc.total != 0
         total = jnp.where(has_keys, acc.total, 1.0)
-        row = plgpu.broadcasted_iota(jnp.int32, (HALF, CHUNK), 0, layout=_LAYOUT)
+        row = plgpu.broadcasted_iota(jnp.int32, (HALF, CHUNK), 0, layout=LAYOUT)
         real = program.inputs.lengths[sequence, 1] - program.start - self.number * HALF
         is_real = row < jnp.where(window < 0, -1, real)
         nothing = jnp.where(window < 0, jnp.nan, 0.0)

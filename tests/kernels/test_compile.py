@@ -88,11 +88,21 @@ def bounds(kind):
 
 def mosaic():
     """The Mosaic GPU kernel with the tiles that are chosen for an H100, and with large ones."""
-    for size, head_dim, dtype in ((64, 64, "float16"), (64, 128, "bfloat16"), (128, 128, "bfloat16")):
+    some = (
+        (64, 64, "float16"),
+        (64, 80, "bfloat16"),
+        (64, 96, "float16"),
+        (64, 128, "bfloat16"),
+        (64, 192, "bfloat16"),
+    )
+    for size, head_dim, dtype in (*some, (64, 256, "bfloat16"), (128, 256, "float16"), (128, 128, "bfloat16")):
         tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=size, block_kv=size)
         name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
         yield attention_case(name, tiles, head_dim, dtype, kernel=sparse_mosaic_gpu)
-    yield attention_case("mosaic that skips", tiles, head_dim, dtype, kernel=sparse_mosaic_gpu, skip_threshold=1e-3)
+    for head_dim in (128, 256):
+        tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=128, block_kv=128)
+        name = f"mosaic that skips, head_dim {head_dim}"
+        yield attention_case(name, tiles, head_dim, "bfloat16", kernel=sparse_mosaic_gpu, skip_threshold=1e-3)
 
 
 CHOSEN = {kind: bounds(kind) for kind in CARDS}
@@ -143,12 +153,12 @@ def test_half_precision_runs_on_warpgroup_matrix_products_where_the_card_has_the
 
 @on_an_h100
 @pytest.mark.parametrize("name", [case.name for case in MOSAIC])
-def test_mosaic_kernels_compile_and_all_but_fit_the_registers(reports, name):
+def test_mosaic_kernels_compile_without_spills(reports, name):
     report = reports[name]
     assert report.error is None
     assert 0 < report.registers <= 255
     if jax.__version_info__ < (0, 12):  # there ptxas says that it ignores what each warpgroup may hold
-        assert report.spill_bytes <= 64, report
+        assert report.spill_bytes <= (64 if name == "mosaic that skips, head_dim 128" else 0), report
 
 
 @on_an_h100

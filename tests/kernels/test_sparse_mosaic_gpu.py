@@ -27,17 +27,32 @@ HEADS = (
     BlockSparse(num_blocks=5),
     VerticalSlash(vertical_size=30, slash_size=300),
 )
+CHUNKS = {"T": 300, "S": 1000, "B": 2, "kv_len": [900, 1000], "q_offset": [600, 345]}
+LARGE_TILES = {"T": 500, "S": 1100, "q_offset": 461, "kv_len": 961, "size": 128}
 CASES = {
     "whole tiles": {},
     "unaligned": {"T": 777},
     "the fewest queries": {"T": 64, "S": 300, "q_offset": 236},
     "unequal lengths, padding of NaN": {"T": 900, "B": 2, "kv_len": [900, 333]},
-    "chunks at offsets": {"T": 300, "S": 1000, "B": 2, "kv_len": [900, 1000], "q_offset": [600, 345]},
+    "chunks at offsets": CHUNKS,
     "tiles of 128": {"size": 128},
-    "tiles of 128, a chunk": {"T": 500, "S": 1100, "q_offset": 461, "kv_len": 961, "size": 128},
+    "tiles of 128, a chunk": LARGE_TILES,
     "head_dim 64, float16": {"H": 64, "dtype": "float16"},
     "head_dim 96": {"H": 96},
     "head_dim 80": {"H": 80, "T": 500},
+    "head_dim 96, chunks at offsets": CHUNKS | {"H": 96},
+    "head_dim 80, float16, tiles of 128": {"H": 80, "dtype": "float16", "size": 128},
+    "head_dim 256": {"H": 256},
+    "head_dim 256, unaligned, one KV head": {"H": 256, "T": 777, "K": 1},
+    "head_dim 256, the fewest queries": {"H": 256, "T": 64, "S": 300, "q_offset": 236},
+    "head_dim 256, unequal lengths, padding of NaN": {"H": 256, "T": 900, "B": 2, "kv_len": [900, 333]},
+    "head_dim 256, chunks at offsets": CHUNKS | {"H": 256},
+    "head_dim 256, float16, tiles of 128": {"H": 256, "dtype": "float16", "size": 128},
+    "head_dim 256, tiles of 128, a chunk": LARGE_TILES | {"H": 256},
+    "head_dim 256, block diagonals": {"H": 256, "T": 1500, "slash_granularity": "block"},
+    "head_dim 256, no listed blocks": {"H": 256, "listed": False},
+    "head_dim 192": {"H": 192, "T": 900},
+    "head_dim 136, tiles of 128": {"H": 136, "T": 500, "size": 128},
     "negative scale": {"scale": -0.05},
     "scale of zero": {"scale": 0.0},
     "one KV head": {"K": 1},
@@ -108,9 +123,10 @@ def test_it_is_what_hopper_takes_and_a_head_that_cannot_be_honoured_is_nan():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 @pytest.mark.parametrize("where", [{}, {"q_offset": [200, 0], "kv_len": [700, 333]}])
-def test_dense_attention_is_the_oracles(where):
-    q, k, v = make(T=500, S=700, B=2)
+def test_dense_attention_is_the_oracles(where, head_dim):
+    q, k, v = make(T=500, S=700, B=2, H=head_dim)
     where = {"q_offset": [200, 200], "kv_len": [700, 700]} | where
     given = {name: jnp.asarray(value, jnp.int32) for name, value in where.items()}
     run = functools.partial(attention.dense_attention, return_lse=True, scale=0.1, **given)
@@ -133,8 +149,9 @@ def test_a_nan_that_is_read_shows():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kept", "low"), [(Dense(), 256), (AShape(sink_size=4, window_size=170), 4)])
 @pytest.mark.parametrize("size", [64, 128])
-def test_steps_below_a_threshold_are_left_out_unless_they_hold_nan(kept, low, size):
-    q, k, v = make(T=1100, H=64)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_steps_below_a_threshold_are_left_out_unless_they_hold_nan(kept, low, size, head_dim):
+    q, k, v = make(T=1100, H=head_dim)
     q, k = q.at[..., 0].set(16), k.at[..., 0].set(8).at[:, :low, :, 0].set(-8)  # exp(-25) between them, and noise
     how = {"implementation": "mosaic_gpu", "tiles": TileConfig(block_q=size, block_kv=size), "kv_len": 1050}
     run = functools.partial(attention.sparse_attention, pattern=kept, scale=0.1, q_offset=0, **how)
@@ -151,8 +168,9 @@ def test_steps_below_a_threshold_are_left_out_unless_they_hold_nan(kept, low, si
 
 
 @pytest.mark.gpu
-def test_a_threshold_that_nothing_lies_below_changes_nothing():
-    q, k, v = make(T=777)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_threshold_that_nothing_lies_below_changes_nothing(head_dim):
+    q, k, v = make(T=777, H=head_dim)
     run = functools.partial(attention.sparse_attention, q, k, v, patterns(), implementation="mosaic_gpu")
     for found, expected in zip(*(run(skip_threshold=t, return_lse=True) for t in (1e-30, None)), strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=1e-2)
@@ -171,10 +189,10 @@ def test_vmap_is_a_batch():
     [
         (dataclasses.replace(H100, kind="an A100", compute_capability=(8, 0)), 128, 2, "9.0, not an A100"),
         (dataclasses.replace(H100, kind="a B200", compute_capability=(10, 0)), 128, 2, "9.0, not a B200"),
-        (H100, 128, 4, "from 64 to 128, not 128 in 4 bytes"),
-        (H100, 256, 2, "from 64 to 128, not 256 in 2 bytes"),
-        (H100, 48, 2, "from 64 to 128, not 48 in 2 bytes"),
-        (H100, 100, 2, "from 64 to 128, not 100 in 2 bytes"),
+        (H100, 128, 4, "from 64 to 256, not 128 in 4 bytes"),
+        (H100, 264, 2, "from 64 to 256, not 264 in 2 bytes"),
+        (H100, 48, 2, "from 64 to 256, not 48 in 2 bytes"),
+        (H100, 100, 2, "from 64 to 256, not 100 in 2 bytes"),
     ],
 )
 def test_what_it_cannot_do_is_declined_by_name(device, head_dim, itemsize, message):
@@ -228,4 +246,10 @@ def test_columns_of_a_published_pattern_are_taken_with_one_kv_head():
 def test_tiles_that_do_not_fit_are_refused_in_one_sentence(sizes, message):
     with pytest.raises(ValueError, match=message):
         check_mosaic_gpu_tiles(TileConfig(**sizes), H100, 128, 2)
-    check_mosaic_gpu_tiles(mosaic_gpu_tiles(H100, 128, 2), H100, 128, 2)
+
+
+@pytest.mark.parametrize(("head_dim", "stages"), [(64, 4), (80, 3), (128, 3), (192, 3), (256, 2)])
+def test_chosen_tiles_fit(head_dim, stages):
+    tiles = mosaic_gpu_tiles(H100, head_dim, 2)
+    assert tiles == TileConfig(num_stages=stages)
+    check_mosaic_gpu_tiles(tiles, H100, head_dim, 2)
