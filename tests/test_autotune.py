@@ -133,6 +133,8 @@ def test_candidates_hold_the_usual_rule_and_sizes_around_it():
     assert {tiles.block_kv for tiles in found} == {32, 64, 128}
     (xla,) = [entry for entry in IMPLEMENTATIONS if entry.name == "xla"]
     assert xla.tiles(H100, 128, 2) in candidates(H100, "xla", 128, 2)
+    for head_dim, stages in ((128, {2, 3}), (256, {2})):  # three do not fit
+        assert {one.num_stages for one in candidates(H100, "mosaic_gpu", head_dim, 2)} == stages
 
 
 def test_lists_of_short_prompts_keep_a_quarter_of_the_distances():

@@ -21,7 +21,7 @@ from minference_jax.bench.attention import CHECK_LENGTH, prepare, timed
 from minference_jax.bench.cases import Case, Sizes
 from minference_jax.bench.inputs import Activations
 from minference_jax.implementations import Implementation, device_of, first_sparse, memory_for
-from minference_jax.kernels.tiles import Device, TileConfig, shared_memory_bytes
+from minference_jax.kernels.tiles import Device, TileConfig, mosaic_gpu_shared_memory_bytes, shared_memory_bytes
 from minference_jax.patterns import VerticalSlash
 from minference_jax.tile_table import TileEntry
 
@@ -69,7 +69,8 @@ def candidates(device: Device, implementation: str, head_dim: int, itemsize: int
     """
     if implementation == "mosaic_gpu":
         choices = itertools.product((64, 128), (3, 2))
-        return [TileConfig(block_q=size, block_kv=size, num_stages=stages) for size, stages in choices]
+        some = [TileConfig(block_q=size, block_kv=size, num_stages=stages) for size, stages in choices]
+        return [tiles for tiles in some if mosaic_gpu_shared_memory_bytes(tiles, head_dim) <= device.shared_memory]
     if implementation != "triton":
         return [TileConfig(block_q=q, block_kv=kv) for q, kv in ((64, 64), (128, 64), (64, 32))]
     found = []
