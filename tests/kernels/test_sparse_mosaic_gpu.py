@@ -27,17 +27,20 @@ HEADS = (
     BlockSparse(num_blocks=5),
     VerticalSlash(vertical_size=30, slash_size=300),
 )
+CHUNKS = {"T": 300, "S": 1000, "B": 2, "kv_len": [900, 1000], "q_offset": [600, 345]}
 CASES = {
     "whole tiles": {},
     "unaligned": {"T": 777},
     "the fewest queries": {"T": 64, "S": 300, "q_offset": 236},
     "unequal lengths, padding of NaN": {"T": 900, "B": 2, "kv_len": [900, 333]},
-    "chunks at offsets": {"T": 300, "S": 1000, "B": 2, "kv_len": [900, 1000], "q_offset": [600, 345]},
+    "chunks at offsets": CHUNKS,
     "tiles of 128": {"size": 128},
     "tiles of 128, a chunk": {"T": 500, "S": 1100, "q_offset": 461, "kv_len": 961, "size": 128},
     "head_dim 64, float16": {"H": 64, "dtype": "float16"},
     "head_dim 96": {"H": 96},
     "head_dim 80": {"H": 80, "T": 500},
+    "head_dim 96, chunks at offsets": CHUNKS | {"H": 96},
+    "head_dim 80, float16, tiles of 128": {"H": 80, "dtype": "float16", "size": 128},
     "negative scale": {"scale": -0.05},
     "scale of zero": {"scale": 0.0},
     "one KV head": {"K": 1},
@@ -108,9 +111,10 @@ def test_it_is_what_hopper_takes_and_a_head_that_cannot_be_honoured_is_nan():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [80, 96, 128])
 @pytest.mark.parametrize("where", [{}, {"q_offset": [200, 0], "kv_len": [700, 333]}])
-def test_dense_attention_is_the_oracles(where):
-    q, k, v = make(T=500, S=700, B=2)
+def test_dense_attention_is_the_oracles(where, head_dim):
+    q, k, v = make(T=500, S=700, B=2, H=head_dim)
     where = {"q_offset": [200, 200], "kv_len": [700, 700]} | where
     given = {name: jnp.asarray(value, jnp.int32) for name, value in where.items()}
     run = functools.partial(attention.dense_attention, return_lse=True, scale=0.1, **given)
@@ -131,8 +135,10 @@ def test_a_nan_that_is_read_shows():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kept", "low"), [(Dense(), 256), (AShape(sink_size=4, window_size=170), 4)])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("kept", "size", "low"),  # where a step begins, which is half a tile of queries before theirs where blocks are 64
+    [(Dense(), 64, 320), (Dense(), 128, 256), *((AShape(sink_size=4, window_size=170), size, 4) for size in (64, 128))],
+)
 def test_steps_below_a_threshold_are_left_out_unless_they_hold_nan(kept, low, size):
     q, k, v = make(T=1100, H=64)
     q, k = q.at[..., 0].set(16), k.at[..., 0].set(8).at[:, :low, :, 0].set(-8)  # exp(-25) between them, and noise
