@@ -24,7 +24,9 @@ def updated() -> dict[Path, str]:
     readme, all_results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
     of_attention = read(ROOT / "benchmarks" / "results" / "attention.jsonl")
     of_prefill = read(ROOT / "benchmarks" / "results" / "prefill.jsonl")
+    of_thresholds = read(ROOT / "benchmarks" / "results" / "skip_threshold.jsonl")
     results = with_block(all_results.read_text(), "results", attention_table(of_attention))
+    results = with_block(results, "thresholds", thresholds_table(of_thresholds))
     return {
         readme: _updated_readme(readme.read_text(), headline_table(of_attention)),
         all_results: with_block(results, "prefill", prefill_section(of_prefill)),
@@ -51,6 +53,34 @@ def prefill_section(records: list[dict[str, Any]], plots: Path = ROOT / "benchma
         for file in sorted(plots.glob(f"*_prefill_{kind}.png"))
     ]
     return "\n\n".join([prefill_table(records), *shown])
+
+
+def thresholds_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: what a skip_threshold gains and costs, over the layers whose activations were taken."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for one in records:
+        found.setdefault((one["case"], one["implementation"], one["skip_threshold"]), []).append(one)
+    lines = []
+    for (case, name, threshold), rows in sorted(found.items()):
+        ratios = sorted(one["skip_ms"] / one["kernel_ms"] for one in rows)
+        errors = max(one["error"] for one in rows), max(one["skip_error"] for one in rows)
+        cells = [
+            case,
+            f"`{name}`",
+            f"{threshold:g}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            *(f"{x:.4f}" for x in errors),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "| attention | by | skip_threshold | kernel's time with : without | largest error without | with |"
+    first = records[0]
+    note = (
+        f"{first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
+        f"{first['length']:,} tokens of a novel: q, k and v of layers 2, 10 and 20 of SmolLM2-135M-Instruct in "
+        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those without a "
+        "threshold hold the check at 1,024 tokens, too."
+    )
+    return "\n".join([head, "|" + " --- |" * 6, *lines, "", f"{note} {_where(records)}"])
 
 
 def whole_prefills_table(records: list[dict[str, Any]]) -> str:
