@@ -77,8 +77,8 @@ def thresholds_table(records: list[dict[str, Any]]) -> str:
     note = (
         f"{first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
         f"{first['length']:,} tokens of a novel: q, k and v of layers 2, 10 and 20 of SmolLM2-135M-Instruct in "
-        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those without a "
-        "threshold hold the check at 1,024 tokens, too."
+        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those without "
+        "a threshold hold the check at 1,024 tokens, too."
     )
     return "\n".join([head, "|" + " --- |" * 6, *lines, "", f"{note} {_where(records)}"])
 
