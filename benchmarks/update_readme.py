@@ -37,6 +37,7 @@ def _updated_readme(text: str, headline: str) -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", headline)
     text = with_block(text, "prefill", whole_prefills_table(read(results / "prefill.jsonl")))
+    text = with_block(text, "linear", linear_errors(_rows(results / "linear.jsonl")))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
@@ -77,8 +78,8 @@ def thresholds_table(records: list[dict[str, Any]]) -> str:
     note = (
         f"{first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
         f"{first['length']:,} tokens of a novel: q, k and v of layers 2, 10 and 20 of SmolLM2-135M-Instruct in "
-        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those without "
-        "a threshold hold the check at 1,024 tokens, too."
+        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those "
+        "without a threshold hold the check at 1,024 tokens, too."
     )
     return "\n".join([head, "|" + " --- |" * 6, *lines, "", f"{note} {_where(records)}"])
 
@@ -182,6 +183,18 @@ def models_table(records: list[dict[str, Any]]) -> str:
     head = ["| transformers' class | cases | largest error |", "| --- | --- | --- |"]
     note = "The largest difference of logits over the largest logit, float32."
     return "\n".join([*head, *lines, "", f"{note} {_where(rows)}"])
+
+
+def linear_errors(records: list[dict[str, Any]]) -> str:
+    """Markdown: what 8-bit linear layers cost the default model, by the last record of `evaluate linear --json`."""
+    last = records[-1]
+    off = [statistics.fmean(layers) for layers in last["products"].values()]
+    return (
+        f"It changes the answers. {last['model']} on the first {last['tokens']:,} tokens of `examples/persuasion.txt`, in "
+        f"{last['dtype']}: each product is off by {min(off):.1%} to {max(off):.1%} (Frobenius norm, mean over the layers), "
+        f"perplexity goes from {last['exact_perplexity']:.2f} to {last['perplexity']:.2f}, and the same token is likeliest "
+        f"at {last['greedy']:.0%} of the places. {_where([last])}"
+    )
 
 
 def convert_table(records: list[dict[str, Any]]) -> str:
