@@ -189,12 +189,11 @@ def linear_errors(records: list[dict[str, Any]]) -> str:
     """Markdown: what 8-bit linear layers cost the default model, by the last record of `evaluate linear --json`."""
     last = records[-1]
     off = [statistics.fmean(layers) for layers in last["products"].values()]
-    return (
-        f"It changes the answers. {last['model']} on the first {last['tokens']:,} tokens of `examples/persuasion.txt`, in "
-        f"{last['dtype']}: each product is off by {min(off):.1%} to {max(off):.1%} (Frobenius norm, mean over the layers), "
-        f"perplexity goes from {last['exact_perplexity']:.2f} to {last['perplexity']:.2f}, and the same token is likeliest "
-        f"at {last['greedy']:.0%} of the places. {_where([last])}"
-    )
+    where = f"{last['model']} on the first {last['tokens']:,} tokens of `examples/persuasion.txt`, in {last['dtype']}"
+    products = f"each product is off by {min(off):.1%} to {max(off):.1%} (Frobenius norm, mean over the layers)"
+    perplexity = f"perplexity goes from {last['exact_perplexity']:.2f} to {last['perplexity']:.2f}"
+    greedy = f"the same token is likeliest at {last['greedy']:.0%} of the places"
+    return f"It changes the answers. {where}: {products}, {perplexity}, and {greedy}. {_where([last])}"
 
 
 def convert_table(records: list[dict[str, Any]]) -> str:

@@ -228,6 +228,14 @@ def test_a_prefill_of_another_model_and_a_folder_that_is_not_there_are_refused(m
         save_prefill(prefilled, tmp_path / "x", other)
     with pytest.raises(OSError, match="x"):
         save_prefill(prefilled, tmp_path / "nowhere" / "x", model)
+    with pytest.raises(OSError, match="nowhere"):
+        load_prefill(tmp_path / "nowhere", model)
+    for run, how in (
+        (lambda: save_prefill(prefilled, tmp_path, model), "written"),
+        (lambda: load_prefill(tmp_path, model), "read"),
+    ):
+        with pytest.raises(OSError, match=f"{tmp_path} can't be {how}: it is no file"):
+            run()
 
 
 def test_the_names_are_public():

@@ -55,6 +55,7 @@ def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: 
         OSError: the file can't be written.
     """
     path, cache = Path(path), prefilled.cache
+    _check_is_file(path, "written")
     if isinstance(cache, SplitCache):
         kind = cache.prompt.kind
         raise ValueError(
@@ -101,6 +102,7 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         MemoryError: the device has too little.
         OSError: it can't be read.
     """
+    _check_is_file(Path(path), "read")
     try:
         with safe_open(path, framework="np") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
@@ -124,6 +126,12 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         density = jnp.asarray(arrays.pop("density")) if "density" in arrays else None
         room = bucket_length(slots) if slots == max(lengths) else slots
         return PrefillResult(logits, _cache(model, kind, arrays, lengths, room), density)
+
+
+def _check_is_file(path: Path, how: str) -> None:
+    """Refuses, with OSError, a folder, a device and the like."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} can't be {how}: it is no file")
 
 
 def _arrays(cache: Any, slots: int) -> dict[str, np.ndarray]:
