@@ -85,9 +85,9 @@ def thresholds_table(records: list[dict[str, Any]]) -> str:
 
 
 def whole_prefills_table(records: list[dict[str, Any]]) -> str:
-    """Markdown: prefills of all layers by length; dense from the layers that were timed where all took too long."""
+    """Markdown: the first model's prefills by length; dense from layers that were timed where all took too long."""
     every = prefill_groups(records)
-    (group,) = (group for group in every if group[0].any["layers"] == group[0].any["model_layers"])
+    group = next(group for group in every if group[0].any["layers"] == group[0].any["model_layers"])
     lines = []
     for pair in group:
         one = pair.any
@@ -111,7 +111,7 @@ def whole_prefills_table(records: list[dict[str, Any]]) -> str:
 
 def _dense_of_layers(one: dict[str, Any], every: list[list[Pair]]) -> dict[str, Any] | None:
     """The dense prefill of the same model's first layers that says how long all of them would take."""
-    same = ("device", "case", "dtype", "length", "kv_cache", "linear")
+    same = ("device", "case", "dtype", "length", "chunk_size", "kv_cache", "linear")
     dense = (pair.dense for group in every for pair in group if pair.dense and pair.dense["extrapolated_ms"])
     return next((other for other in dense if all(other[name] == one[name] for name in same)), None)
 
