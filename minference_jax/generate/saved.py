@@ -154,11 +154,13 @@ def _cache(model: LanguageModel, kind: str, arrays: dict[str, np.ndarray], lengt
     length = jnp.asarray(lengths, jnp.int32)
     if kind == "host":
         check_host_memory(next(iter(length.devices())))
-        kept = []
-        for name in ("k", "v"):  # a layer at a time
-            layers = (_padded(layer[None], room)[0] for layer in arrays.pop(name))
-            kept.append(tuple(jax.block_until_ready(to_host(jnp.asarray(layer))) for layer in layers))
-        return HostKV(*kept, length)
+
+        def moved(array: np.ndarray) -> tuple[jax.Array, ...]:
+            """A layer at a time."""
+            layers = (jnp.asarray(_padded(layer[None], room)[0]) for layer in array)
+            return tuple(jax.block_until_ready(to_host(layer)) for layer in layers)
+
+        return HostKV(moved(arrays.pop("k")), moved(arrays.pop("v")), length)
     empty = jax.eval_shape(lambda: _empty(model, kind, len(lengths), room))
     return type(empty)(**{name: jnp.asarray(_padded(arrays.pop(name), room)) for name in list(arrays)}, length=length)
 
