@@ -24,7 +24,9 @@ def updated() -> dict[Path, str]:
     readme, all_results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
     of_attention = read(ROOT / "benchmarks" / "results" / "attention.jsonl")
     of_prefill = read(ROOT / "benchmarks" / "results" / "prefill.jsonl")
+    of_thresholds = read(ROOT / "benchmarks" / "results" / "skip_threshold.jsonl")
     results = with_block(all_results.read_text(), "results", attention_table(of_attention))
+    results = with_block(results, "thresholds", thresholds_table(of_thresholds))
     return {
         readme: _updated_readme(readme.read_text(), headline_table(of_attention)),
         all_results: with_block(results, "prefill", prefill_section(of_prefill)),
@@ -35,6 +37,7 @@ def _updated_readme(text: str, headline: str) -> str:
     results = ROOT / "benchmarks" / "results"
     text = with_block(text, "results", headline)
     text = with_block(text, "prefill", whole_prefills_table(read(results / "prefill.jsonl")))
+    text = with_block(text, "linear", linear_errors(_rows(results / "linear.jsonl")))
     text = with_block(text, "models", models_table(read(results / "models.jsonl")))
     text = with_block(text, "convert", convert_table(read(results / "convert.jsonl")))
     text = with_block(text, "search", search_table(read(results / "search.jsonl")))
@@ -53,10 +56,38 @@ def prefill_section(records: list[dict[str, Any]], plots: Path = ROOT / "benchma
     return "\n\n".join([prefill_table(records), *shown])
 
 
+def thresholds_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: what a skip_threshold gains and costs, over the layers whose activations were taken."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for one in records:
+        found.setdefault((one["case"], one["implementation"], one["skip_threshold"]), []).append(one)
+    lines = []
+    for (case, name, threshold), rows in sorted(found.items()):
+        ratios = sorted(one["skip_ms"] / one["kernel_ms"] for one in rows)
+        errors = max(one["error"] for one in rows), max(one["skip_error"] for one in rows)
+        cells = [
+            case,
+            f"`{name}`",
+            f"{threshold:g}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            *(f"{x:.4f}" for x in errors),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "| attention | by | skip_threshold | kernel's time with : without | largest error without | with |"
+    first = records[0]
+    note = (
+        f"{first['num_heads']} heads over {first['num_kv_heads']} KV heads, head_dim {first['head_dim']}, "
+        f"{first['length']:,} tokens of a novel: q, k and v of layers 2, 10 and 20 of SmolLM2-135M-Instruct in "
+        f"{first['dtype']}. Errors are relative, in the Frobenius norm, of a head's worst tile of queries; those "
+        "without a threshold hold the check at 1,024 tokens, too."
+    )
+    return "\n".join([head, "|" + " --- |" * 6, *lines, "", f"{note} {_where(records)}"])
+
+
 def whole_prefills_table(records: list[dict[str, Any]]) -> str:
-    """Markdown: prefills of all layers by length; dense from the layers that were timed where all took too long."""
+    """Markdown: the first model's prefills by length; dense from layers that were timed where all took too long."""
     every = prefill_groups(records)
-    (group,) = (group for group in every if group[0].any["layers"] == group[0].any["model_layers"])
+    group = next(group for group in every if group[0].any["layers"] == group[0].any["model_layers"])
     lines = []
     for pair in group:
         one = pair.any
@@ -80,7 +111,7 @@ def whole_prefills_table(records: list[dict[str, Any]]) -> str:
 
 def _dense_of_layers(one: dict[str, Any], every: list[list[Pair]]) -> dict[str, Any] | None:
     """The dense prefill of the same model's first layers that says how long all of them would take."""
-    same = ("device", "case", "dtype", "length", "kv_cache", "linear")
+    same = ("device", "case", "dtype", "length", "chunk_size", "kv_cache", "linear")
     dense = (pair.dense for group in every for pair in group if pair.dense and pair.dense["extrapolated_ms"])
     return next((other for other in dense if all(other[name] == one[name] for name in same)), None)
 
@@ -152,6 +183,17 @@ def models_table(records: list[dict[str, Any]]) -> str:
     head = ["| transformers' class | cases | largest error |", "| --- | --- | --- |"]
     note = "The largest difference of logits over the largest logit, float32."
     return "\n".join([*head, *lines, "", f"{note} {_where(rows)}"])
+
+
+def linear_errors(records: list[dict[str, Any]]) -> str:
+    """Markdown: what 8-bit linear layers cost the default model, by the last record of `evaluate linear --json`."""
+    last = records[-1]
+    off = [statistics.fmean(layers) for layers in last["products"].values()]
+    where = f"{last['model']} on the first {last['tokens']:,} tokens of `examples/persuasion.txt`, in {last['dtype']}"
+    products = f"each product is off by {min(off):.1%} to {max(off):.1%} (Frobenius norm, mean over the layers)"
+    perplexity = f"perplexity goes from {last['exact_perplexity']:.2f} to {last['perplexity']:.2f}"
+    greedy = f"the same token is likeliest at {last['greedy']:.0%} of the places"
+    return f"It changes the answers. {where}: {products}, {perplexity}, and {greedy}. {_where([last])}"
 
 
 def convert_table(records: list[dict[str, Any]]) -> str:

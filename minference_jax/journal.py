@@ -11,8 +11,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from reprlib import repr as short_repr
 from typing import Any, NamedTuple
+
+from minference_jax.short_repr import short_repr
 
 _MOST_DIFFERENCES = 3  # that a refusal names
 _NOTHING = object()

@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from reprlib import repr as short_repr
 from typing import Any
 
 from minference_jax.kernels.tiles import DTYPES, Device, TileConfig
+from minference_jax.short_repr import short_repr
 
 FORMAT_NAME = "minference-jax tiles"
 FORMAT_VERSION = 1

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from oracle import oracle_implementation
 
 from minference_jax import implementations
+
+hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)  # no test asserts a time
+hypothesis.settings.load_profile("gate")
 
 MAPPINGS = Path("/proc/self/maps")
 MANY_MAPPINGS = (

@@ -3,13 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from goldens import tiny_models
 
 from minference_jax import compile_ahead
-from minference_jax.cache import POLICIES, init_cache
+from minference_jax.cache import POLICIES, init_cache, policy_of
 from minference_jax.generate import LanguageModel, programs
 from minference_jax.models import from_parameters
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash
@@ -124,3 +125,19 @@ def test_a_sparse_question_writes_out_one_layer_at_a_time(name):
         memory = programs.read_behind.lower(*given).compile().memory_analysis()
         taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     assert abs(taken[1] - taken[0]) < 600_000  # a layer of numbers has 655,360 for keys alone
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("k", jnp.float8_e4m3fn, "cache.k and cache.v must both be int8 or uint8, got float8_e4m3fn and uint8"),
+        ("v_scale", jnp.bfloat16, r"cache.v_scale must be float32\["),
+    ],
+)
+def test_arrays_that_are_no_quantised_cache_are_refused_in_one_sentence(model, name, dtype, message):
+    decoder, config = model.model, model.config
+    sizes = (config.num_layers, 1, 16, config.num_kv_heads, config.head_dim)
+    cache = policy_of("fp8").empty(*sizes, decoder.dtype)
+    cache = cache._replace(**{name: getattr(cache, name).astype(dtype)})
+    with pytest.raises(ValueError, match=message):
+        decoder(jnp.ones((1, 4), jnp.int32), cache)

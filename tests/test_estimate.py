@@ -80,7 +80,7 @@ def test_sizes_above_the_length_keep_every_valid_key_and_no_other(length):
         np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(96) < length, kept.shape))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=arrays.arrays(
         np.float32,

@@ -34,6 +34,7 @@ FLOORS |= {
     "journal": 1,
     "figures": 1,
     "kernels": 0,
+    "short_repr": 0,
 }
 SIBLINGS = {
     ("cli", "bench"),

@@ -142,7 +142,7 @@ def test_what_is_no_archive_is_refused_by_its_name(tmp_path, ending, raw):
     assert refusal(archive, "Qwen2-7B-Instruct").startswith(f"{archive} ")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), packed=st.booleans())
 def test_a_damaged_archive_is_read_right_or_refused_in_one_sentence(tmp_path_factory, data, packed):
     folder = tmp_path_factory.getbasetemp()
@@ -160,7 +160,7 @@ def test_a_damaged_archive_is_read_right_or_refused_in_one_sentence(tmp_path_fac
         assert found.raw == members[f"m/{CONFIGS}/{QWEN2}"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_tar_of_which_the_headers_are_nonsense_is_read_or_refused_in_one_sentence(tmp_path_factory, data):
     """Damage that the checksum of gzip does not see: whoever wrote the archive wrote it so."""

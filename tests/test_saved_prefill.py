@@ -120,9 +120,7 @@ def test_a_prefill_in_chunks_is_saved_without_the_room_behind_it(tmp_path):
 
 def test_what_was_read_on_behind_another_cache_is_not_saved(model, tmp_path):
     read = model.extend(model.prefill(PROMPTS, attention="dense", kv_cache="int8"), [[5], [6]])
-    with pytest.raises(
-        ValueError, match="read on behind kv_cache='int8' can't be saved: save the prefill before it is"
-    ):
+    with pytest.raises(ValueError, match="read on behind a cache that is not plain can't be saved: save it before"):
         save_prefill(read, tmp_path / "x", model)
     assert not list(tmp_path.iterdir())
 
@@ -189,6 +187,7 @@ def test_a_flipped_bit_is_noticed(model, path):
         ({"tokens": "[]"}, "is damaged: its metadata tell no tokens"),
         ({"tokens": "[40, true]"}, "is damaged: its tokens must be numbers"),
         ({"tokens": "[39, 25]"}, "is damaged: its array k is not as it was saved"),
+        ({"tokens": "[40, 24]"}, "is damaged: its metadata are not as they were saved"),
         ({"checksums": "{}"}, "is damaged: it has the arrays k, logits, v"),
         ({"checksums": "7"}, "is damaged: its metadata tell no tokens or no checksums"),
     ],
@@ -228,6 +227,14 @@ def test_a_prefill_of_another_model_and_a_folder_that_is_not_there_are_refused(m
         save_prefill(prefilled, tmp_path / "x", other)
     with pytest.raises(OSError, match="x"):
         save_prefill(prefilled, tmp_path / "nowhere" / "x", model)
+    with pytest.raises(OSError, match="nowhere"):
+        load_prefill(tmp_path / "nowhere", model)
+    for run, how in (
+        (lambda: save_prefill(prefilled, tmp_path, model), "written"),
+        (lambda: load_prefill(tmp_path, model), "read"),
+    ):
+        with pytest.raises(OSError, match=f"{tmp_path} can't be {how}: it is no file"):
+            run()
 
 
 def test_the_names_are_public():

@@ -44,6 +44,15 @@ class QuantisedKV(NamedTuple):
         """As in `Stored`."""
         return "int8" if self.k.dtype == jnp.int8 else "fp8"
 
+    def check(self) -> None:
+        """Refuses, with ValueError, arrays that are not of the dtypes and shapes above."""
+        if self.k.dtype not in (jnp.int8, jnp.uint8) or self.v.dtype != self.k.dtype:
+            raise ValueError(f"cache.k and cache.v must both be int8 or uint8, got {self.k.dtype} and {self.v.dtype}")
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if scale.shape != self.k.shape[:-1] or scale.dtype != jnp.float32:
+                needed = f"float32{list(self.k.shape[:-1])}"
+                raise ValueError(f"cache.{name} must be {needed}, got {scale.dtype}{list(scale.shape)}")
+
     def filled(self, layer: jax.Array) -> jax.Array:
         """As in `Stored`: every layer holds every token."""
         return self.length

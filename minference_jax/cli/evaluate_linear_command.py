@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from minference_jax.bench.records import environment
 from minference_jax.cli.inputs import load_model, model_name, read_text
 from minference_jax.cli.parser import LINEAR_NAMES
 from minference_jax.evaluate import LinearErrors, linear_errors
@@ -28,7 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--text {arguments.text} has {len(tokens)} tokens, --length {arguments.length} needs more")
     errors = linear_errors(model, tokens[: arguments.length], linear=linear)
     facts = {"model": model_name(arguments), "dtype": str(model.model.dtype), "linear": linear, "device": device_name()}
-    print(json.dumps({**facts, **record(errors)}) if arguments.json else "\n".join(lines(facts, errors)))
+    print(
+        json.dumps({**facts, **environment(), **record(errors)}) if arguments.json else "\n".join(lines(facts, errors))
+    )
 
 
 def record(errors: LinearErrors) -> dict[str, object]:

@@ -9,7 +9,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 from minference_jax.evaluate.infinitebench_tasks import SYNTHETIC, Context
@@ -28,6 +27,7 @@ from minference_jax.evaluate.samples import (
 from minference_jax.generate import LanguageModel
 from minference_jax.generate.filling import most_that_fit
 from minference_jax.patterns.heads import at
+from minference_jax.short_repr import short_repr
 
 
 class _Task(NamedTuple):

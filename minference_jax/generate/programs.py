@@ -29,7 +29,8 @@ class PrefillResult(NamedTuple):
             stored of them; or, of an extension of that, a `SplitCache` of that and of the new tokens.
         density: float32 [L, B, N], each head's share of dense attention's work; None for dense attention. Of a prefill
             in chunks: the mean of the chunks' densities, each weighted by its share of the pairs of query and earlier
-            key (dense attention's work). Of an extension with sparse attention: for the tokens that it read.
+            key (dense attention's work), of which a chunk's whole tiles can be more than all. Of an extension with
+            sparse attention: for the tokens that it read.
     """
 
     logits: jax.Array

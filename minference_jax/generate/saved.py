@@ -55,10 +55,10 @@ def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: 
         OSError: the file can't be written.
     """
     path, cache = Path(path), prefilled.cache
+    _check_is_file(path, "written")
     if isinstance(cache, SplitCache):
-        kind = cache.prompt.kind
         raise ValueError(
-            f"what was read on behind kv_cache={kind!r} can't be saved: save the prefill before it is extended"
+            "what was read on behind a cache that is not plain can't be saved: save it before it is extended"
         )
     lengths = [int(length) for length in np.asarray(cache.length)]
     slots = min(cache.capacity, max(lengths))
@@ -75,6 +75,7 @@ def save_prefill(prefilled: PrefillResult, path: str | os.PathLike[str], model: 
     metadata = {"format": _FORMAT, "version": str(_VERSION), "tokens": json.dumps(lengths), **_identity(model)}
     metadata["kv_cache"] = cache.kind
     metadata["checksums"] = json.dumps({name: _checksum(array) for name, array in arrays.items()})
+    metadata["checksum"] = _checksum_of(metadata)
     partial = path.with_name(f"{path.name}.partial")
     try:
         save_file(arrays, partial, metadata=metadata)
@@ -101,6 +102,7 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         MemoryError: the device has too little.
         OSError: it can't be read.
     """
+    _check_is_file(Path(path), "read")
     try:
         with safe_open(path, framework="np") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
@@ -112,13 +114,15 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         raise ValueError(f"{path} {error}") from None
     slots = max(lengths)
     if kind == "kept":  # of a long prompt there are fewer
-        slots = min(slots, *arrays["k"].shape[2:3]) if "k" in arrays else slots
+        slots = min([slots, *arrays["k"].shape[2:3]]) if "k" in arrays else slots
     expected = _expected(model, kind, len(lengths), slots)
     if names - {"density"} != expected.keys() - {"density"} or names != checksums.keys():
         raise ValueError(f"{path} is damaged: it has the arrays {', '.join(sorted(names)) or 'none'}")
     for name, array in arrays.items():
         if (array.shape, str(array.dtype)) != expected[name] or _checksum(array) != checksums[name]:
             raise ValueError(f"{path} is damaged: its array {name} is not as it was saved")
+    if metadata.get("checksum") != _checksum_of(metadata):
+        raise ValueError(f"{path} is damaged: its metadata are not as they were saved")
     with memory_for(f"a saved prefill of {len(lengths)} x {max(lengths)} tokens"):
         logits = jnp.asarray(arrays.pop("logits"))
         density = jnp.asarray(arrays.pop("density")) if "density" in arrays else None
@@ -126,13 +130,22 @@ def load_prefill(path: str | os.PathLike[str], model: LanguageModel) -> PrefillR
         return PrefillResult(logits, _cache(model, kind, arrays, lengths, room), density)
 
 
+def _check_is_file(path: Path, how: str) -> None:
+    """Refuses, with OSError, a folder, a device and the like."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} can't be {how}: it is no file")
+
+
 def _arrays(cache: Any, slots: int) -> dict[str, np.ndarray]:
     """The arrays of a cache up to so many slots, by their names; they leave the device a layer at a time."""
     arrays = {}
     for name, held in cache._asdict().items():
         if name != "length":
-            layers = (np.asarray(held[layer]) for layer in range(len(held)))
-            arrays[name] = np.stack([layer[:, :slots] if layer.ndim > 1 else layer for layer in layers])
+            first = held[0]
+            shape = (len(first), slots, *first.shape[2:]) if first.ndim > 1 else first.shape
+            arrays[name] = np.empty((len(held), *shape), first.dtype)
+            for layer, into in enumerate(arrays[name]):
+                into[...] = np.asarray(held[layer])[: shape[0], : shape[1]] if first.ndim > 1 else held[layer]
     return arrays
 
 
@@ -141,9 +154,13 @@ def _cache(model: LanguageModel, kind: str, arrays: dict[str, np.ndarray], lengt
     length = jnp.asarray(lengths, jnp.int32)
     if kind == "host":
         check_host_memory(next(iter(length.devices())))
-        padded = (_padded(arrays.pop(name), room) for name in ("k", "v"))
-        k, v = ([jax.block_until_ready(to_host(jnp.asarray(layer))) for layer in array] for array in padded)
-        return HostKV(tuple(k), tuple(v), length)
+
+        def moved(array: np.ndarray) -> tuple[jax.Array, ...]:
+            """A layer at a time."""
+            layers = (jnp.asarray(_padded(layer[None], room)[0]) for layer in array)
+            return tuple(jax.block_until_ready(to_host(layer)) for layer in layers)
+
+        return HostKV(moved(arrays.pop("k")), moved(arrays.pop("v")), length)
     empty = jax.eval_shape(lambda: _empty(model, kind, len(lengths), room))
     return type(empty)(**{name: jnp.asarray(_padded(arrays.pop(name), room)) for name in list(arrays)}, length=length)
 
@@ -178,6 +195,11 @@ def _identity(model: LanguageModel) -> dict[str, str]:
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def _checksum_of(metadata: dict[str, str]) -> str:
+    """Of all metadata but itself."""
+    return str(zlib.crc32(json.dumps(sorted(item for item in metadata.items() if item[0] != "checksum")).encode()))
 
 
 def _checked(metadata: dict[str, str], model: LanguageModel) -> tuple[str, list[int], dict[str, int]]:

@@ -280,6 +280,8 @@ def check_call(
             raise ValueError(f"cache.{name} is {list(array.shape)}, this model and batch need {list(expected)}")
         if isinstance(cache, KVCache) and array.dtype != dtype:
             raise ValueError(f"cache.{name} is {array.dtype}, the model's parameters are {dtype}")
+    if isinstance(cache, QuantisedKV):
+        cache.check()
     if not isinstance(cache.length, jax.core.Tracer) and np.asarray(cache.length).max() + count > cache.capacity:
         held = np.asarray(cache.length).max()
         raise ValueError(f"{count} new tokens do not fit a cache of {cache.capacity} that holds {held} already")

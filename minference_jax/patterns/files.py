@@ -17,7 +17,6 @@ import json
 import os
 import re
 from pathlib import Path
-from reprlib import repr as short_repr
 from typing import Any, Literal
 
 from minference_jax.patterns.heads import (
@@ -36,6 +35,7 @@ from minference_jax.patterns.heads import (
     check_score_meaning,
     check_size,
 )
+from minference_jax.short_repr import short_repr
 
 FORMAT_NAME = "minference-jax/patterns"
 FORMAT_VERSION = 1

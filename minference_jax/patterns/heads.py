@@ -9,11 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
-from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from minference_jax.short_repr import short_repr
 
 if TYPE_CHECKING:
     import jax

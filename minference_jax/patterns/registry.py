@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
-from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 from minference_jax.patterns.files import parse_patterns, read_raw
 from minference_jax.patterns.heads import ModelPatterns
 from minference_jax.patterns.published import PUBLISHED, PublishedFile
 from minference_jax.patterns.release import FoundFile, find_file, is_release
+from minference_jax.short_repr import short_repr
 
 _QUANTISATION = re.compile(r"[-._](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # how names of GGUF files end
 _HUB_CACHE = re.compile(r"models--.+?--(.+)")  # a folder of the Hugging Face cache

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
-from reprlib import repr as short_repr
 from typing import Any
 
 from minference_jax import journal
@@ -20,6 +19,7 @@ from minference_jax.journal import LIST, NOT_NEGATIVE, NUMBER, OBJECT, WHOLE, Ch
 from minference_jax.patterns import HeadPattern
 from minference_jax.patterns.heads import KINDS
 from minference_jax.search.results import CandidateResult, LayerResult
+from minference_jax.short_repr import short_repr
 
 FORMAT = journal.Format("minference-jax/search", 2, "a search")
 _TYPES = {kind.name.lower(): type_ for type_, kind in KINDS.items()}

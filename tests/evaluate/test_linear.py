@@ -66,7 +66,7 @@ def test_the_command_prints_a_table_or_json(folder, prose, errors, tmp_path, cap
     command = ["evaluate", "linear", "--model", str(folder), "--text", str(tmp_path / "prose.txt")]
     assert cli.main([*command, "--length", str(LENGTH), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["linear"], facts["tokens"]) == ("fp8", LENGTH)
+    assert (facts["linear"], facts["tokens"], facts["jax"]) == ("fp8", LENGTH, jax.__version__)
     assert facts["perplexity"] == pytest.approx(errors.perplexity)
     assert facts["products"]["mlp.up_proj"] == pytest.approx(errors.products["mlp.up_proj"].tolist())
     assert cli.main([*command, "--length", str(LENGTH)]) == 0

@@ -46,7 +46,7 @@ def mask_of(layout, q_offset=0, kv_len=SIZE, q_len=SIZE, tiles=TILES[0]):
     return np.asarray(layout_mask(layout, jnp.array([q_offset]), jnp.array([kv_len]), q_len, SIZE, tiles))[0, 0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(distances=st.sets(st.integers(0, SIZE - 1), max_size=60), tiles=st.sampled_from(TILES))
 def test_blocks_cover_every_slash_once_and_nothing_in_vain(distances, tiles):
     offsets, count = offsets_of(distances, tiles)
@@ -71,7 +71,7 @@ def test_the_nearest_distances_make_blocks_aligned_with_the_tile():
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_compact_lists_the_true_positions_in_order(mask):
     found = np.asarray(compact(jnp.asarray(mask), len(mask) + 2))
     kept = np.flatnonzero(mask)

@@ -83,7 +83,7 @@ LENGTHS = st.sampled_from([1, 193, 500])  # few, since each is compiled for
 near_and_far = st.sets(st.one_of(st.integers(0, SIZE - 1), st.integers(0, 300)), max_size=80)
 
 
-@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
 @given(
     distances=near_and_far,
     run=st.tuples(st.integers(0, 500), st.integers(0, 400)),
@@ -104,7 +104,7 @@ def test_steps_take_each_pair_of_the_layout_once(distances, run, columns, window
     np.testing.assert_array_equal(counts, mask)
 
 
-@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))
 @given(tiles=st.sampled_from(TILES), q_len=LENGTHS, data=st.data())
 def test_steps_take_each_listed_block_once(tiles, q_len, data):
     blocks = []

@@ -20,7 +20,7 @@ def keys_asked(sizes):
     return tokens / SIZE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(candidate=st.sampled_from(DEFAULT_CANDIDATES), budgets=st.lists(st.floats(0.05, 0.9), min_size=1, max_size=5))
 def test_every_head_costs_its_own_budget_and_never_more(candidate, budgets):
     budget = np.array(budgets)
