@@ -19,7 +19,8 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     program that holds a matrix product of another one does not choose for it again. A program is found again by later
     processes with the same versions of jax and of the driver, on the same kind of device, from whatever place in the
     code it is called. To that end jax is told to leave source lines out of programs, so its profiler shows none.
-    Nothing is ever removed; delete the folder, or set `jax_compilation_cache_max_size`.
+    Programs that the process has compiled before are not written: call this first. Nothing is ever removed; delete the
+    folder, or set `jax_compilation_cache_max_size`.
 
     Args:
         folder: made where there is none; None = "programs" in this user's cache folder.

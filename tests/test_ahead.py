@@ -23,6 +23,7 @@ OPTIONS = (
 @pytest.fixture(autouse=True)
 def _options_as_they_were():
     before = {name: getattr(jax.config, name) for name in OPTIONS}
+    jax.clear_caches()  # what this process has compiled before would not be written
     yield
     for name, value in before.items():
         jax.config.update(name, value)

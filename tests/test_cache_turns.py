@@ -11,6 +11,7 @@ from goldens import tiny_models
 
 from minference_jax import compile_ahead
 from minference_jax.cache import POLICIES, init_cache, policy_of
+from minference_jax.cache.policy import unpacked
 from minference_jax.generate import LanguageModel, programs
 from minference_jax.models import from_parameters
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash
@@ -78,9 +79,13 @@ def test_a_chunk_reads_those_before_it_as_they_are_kept_and_itself_as_it_is(mode
     second = model.extend(first, [row[128:250] for row in prompts], **how)
     chunked = model.prefill([prompts[0], prompts[0][:20]], chunk_size=128, kv_cache=name, **how)
     np.testing.assert_allclose(chunked.logits[0], second.logits[0], **CLOSE)
-    for ours, theirs in zip(chunked.cache, first.cache, strict=True):
-        if ours.ndim > 1:
-            np.testing.assert_array_equal(ours[:, 0, :128], theirs[:, 0, :128])
+    layers = [jnp.int32(layer) for layer in range(2)]
+    kept, alone = (
+        np.array([unpacked(x.cache.block(layer, 0, 128), jnp.float32) for layer in layers])[:, :, 0]
+        for x in (chunked, first)
+    )
+    step = {"int8": 1, "fp8": 32}[name] * max(chunked.cache.k_scale.max(), chunked.cache.v_scale.max())
+    np.testing.assert_allclose(kept, alone, rtol=0, atol=1.01 * float(step))  # a last bit may round to the next number
 
 
 @QUANTISED
