@@ -297,7 +297,7 @@ def evaluate_table(records: list[dict[str, Any]]) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """What `evaluate --summary` wrote."""
+    """Lines of `evaluate --summary` or `evaluate linear --json`, whose fields are not those that `read` asks for."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
