@@ -40,8 +40,8 @@ def draw_lines(group, unit, of_case, of_dense, logarithmic):
             shape = (row["num_heads"], row["num_kv_heads"], row["head_dim"])
             shapes.setdefault(shape, {})[row["length"]] = of_dense(row)
     for shape, points in shapes.items():
-        label = "dense, {} heads / {} KV, head_dim {}".format(*shape)
-        axes.plot(sorted(points), [points[length] for length in sorted(points)], "x--", label=label)
+        name = "dense, {} heads / {} KV, head_dim {}".format(*shape)
+        axes.plot(sorted(points), [points[length] for length in sorted(points)], "x--", label=name)
     axes.set_xscale("log", base=2)
     if logarithmic:
         axes.set_yscale("log")

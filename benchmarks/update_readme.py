@@ -27,6 +27,7 @@ def updated() -> dict[Path, str]:
     of_thresholds = read(ROOT / "benchmarks" / "results" / "skip_threshold.jsonl")
     results = with_block(all_results.read_text(), "results", attention_table(of_attention))
     results = with_block(results, "thresholds", thresholds_table(of_thresholds))
+    results = with_block(results, "profile", profile_table(_rows(ROOT / "benchmarks" / "results" / "profile.jsonl")))
     return {
         readme: _updated_readme(readme.read_text(), headline_table(of_attention)),
         all_results: with_block(results, "prefill", prefill_section(of_prefill)),
@@ -82,6 +83,31 @@ def thresholds_table(records: list[dict[str, Any]]) -> str:
         "without a threshold hold the check at 1,024 tokens, too."
     )
     return "\n".join([head, "|" + " --- |" * 6, *lines, "", f"{note} {_where(records)}"])
+
+
+def profile_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: what was counted in each kernel."""
+    percents = {
+        "tensor_cores": "tensor cores",
+        "exponentials": "exponentials",
+        "issue_slots": "issue slots",
+        "shared_memory": "shared memory",
+        "l2_out": "from L2",
+        "l2_hits": "hits in L2",
+        "dram": "DRAM",
+    }
+    lines = []
+    for one in records:
+        cells = [f"{one['length']:,}", f"{one['case']}; {one['pattern']}", f"{one['num_heads']}"]
+        cells += [f"`{one['implementation']}`", milliseconds(one["kernel_ns"] / 1e6)]
+        cells += [f"{one['copied_bytes'] / one['kernel_ns'] / 1e3:.2f}", *(f"{one[name]:.0f}" for name in percents)]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = f"| tokens | case | heads | by | ms | copied, TB/s | {' | '.join(percents.values())} |"
+    note = (
+        "Copied is what the copy engine brings to shared memory; the columns behind it are percent of what each unit "
+        f"could do, of hits percent of the sectors. Head_dim {records[0]['head_dim']}, {records[0]['dtype']}."
+    )
+    return "\n".join([head, "|" + " --- |" * (6 + len(percents)), *lines, "", f"{note} {_where(records)}"])
 
 
 def whole_prefills_table(records: list[dict[str, Any]]) -> str:
@@ -271,7 +297,7 @@ def evaluate_table(records: list[dict[str, Any]]) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """What `evaluate --summary` wrote."""
+    """Lines of `evaluate --summary` or `evaluate linear --json`, whose fields are not those that `read` asks for."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 

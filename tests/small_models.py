@@ -44,7 +44,7 @@ def write_model(folder: Path, *, tokenizer: bool = True, template: str | None = 
     (folder / "config.json").write_text(json.dumps(CONFIG))
     save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
-        _tokenizer(template).save_pretrained(str(folder))
+        byte_tokenizer(template).save_pretrained(str(folder))
     return folder
 
 
@@ -63,7 +63,8 @@ def _weights() -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in weights.items()}
 
 
-def _tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes, and one more that ends an answer; None = it has no chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {sign: index for index, sign in enumerate(alphabet)} | {END: 256}
     byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -12,7 +12,7 @@ from small_models import NUM_HEADS, NUM_LAYERS, write_model
 
 from minference_jax import AShape, VerticalSlash, cli, implementations, load, uniform_patterns, write_patterns
 from minference_jax.bench import meters, prefill, prefill_parts, random_model, records, shapes
-from minference_jax.cache import policy_of
+from minference_jax.cache import SnapKV, policy_of
 from minference_jax.cli import bench_prefill_command
 from minference_jax.convert.hf_config import read_config
 from minference_jax.estimate import EstimateKernels
@@ -214,14 +214,15 @@ def test_nothing_is_compiled_in_a_timed_part_of_a_model_that_was_loaded_to_a_dev
 def test_the_part_of_the_cache_is_what_its_policy_keeps(monkeypatch, name, chunk_size):
     model, tokens = subject().model, np.random.default_rng(1).integers(0, 257, 200)
     attend, _ = model.choose(256, "dense", None, "line", None)
+    policy = SnapKV(capacity=40, window_size=8) if name == "snapkv" else policy_of(name)  # one that leaves tokens out
     walks, times = [], prefill_parts._Walk.times
     monkeypatch.setattr(prefill_parts._Walk, "times", lambda walk: walks.append(walk) or times(walk))
-    parts = prefill_parts.time_parts(model, tokens, attend, None, chunk_size, policy_of(name))
+    parts = prefill_parts.time_parts(model, tokens, attend, None, chunk_size, policy)
     assert parts["cache"] > 0
     if name == "host":  # it is copied, and nothing of it stays
         assert walks[0]._held is None
         return
-    stored = model.prefill(tokens, attention="dense", chunk_size=chunk_size, kv_cache=name).cache
+    stored = model.prefill(tokens, attention="dense", chunk_size=chunk_size, kv_cache=policy).cache
     kept = jax.tree.leaves(walks[0]._held._replace(length=stored.length) if chunk_size else walks[0]._held)
     expected = jax.tree.leaves(stored)[: len(kept)]
     assert [(x.shape, x.dtype) for x in kept] == [(x.shape, x.dtype) for x in expected]

@@ -1,28 +1,22 @@
 """Caches that keep every token: sparse questions behind them, and prompts that are read into them in chunks."""
 
-import dataclasses
-
+import cached_model
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cached_model import BOUNDS, CLOSE, DENSE, MORE, PROMPTS, TOKENS
 from flax import nnx
-from goldens import tiny_models
 
 from minference_jax import compile_ahead
 from minference_jax.cache import POLICIES, init_cache, policy_of
 from minference_jax.cache.policy import unpacked
-from minference_jax.generate import LanguageModel, programs
-from minference_jax.models import from_parameters
+from minference_jax.generate import programs
 from minference_jax.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash
 
 pytestmark = pytest.mark.usefixtures("oracle_first")
 
-CONFIG = dataclasses.replace(tiny_models.CASES["default_untied"], num_layers=2, max_position_embeddings=1 << 17)
-TOKENS = np.random.default_rng(5).integers(0, 61, 600).astype(np.int32)
-PROMPTS = [TOKENS[:200], TOKENS[20:90]]
-MORE = [TOKENS[200:230], TOKENS[90:95]]
-DENSE = {"attention": "dense"}
+model, plain = cached_model.model, cached_model.plain  # fixtures
 HEADS = (AShape(sink_size=5, window_size=20), BlockSparse(num_blocks=1), VerticalSlash(vertical_size=30, slash_size=50))
 SPARSE = {
     "attention": "minference",
@@ -30,18 +24,6 @@ SPARSE = {
 }
 BOTH = pytest.mark.parametrize("how", [DENSE, SPARSE], ids=["dense", "sparse"])
 QUANTISED = pytest.mark.parametrize("name", ["int8", "fp8"])
-CLOSE = {"rtol": 0, "atol": 2e-5}
-BOUNDS = {"int8": 0.08, "fp8": 0.4, "host": CLOSE["atol"]}  # of logits up to 4
-
-
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel(from_parameters(CONFIG, tiny_models.tiny_parameters(CONFIG)))
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return model.prefill(PROMPTS, **DENSE)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +32,18 @@ def expected(model, plain):
     return asked, model.extend(asked, MORE, **SPARSE)
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", [*BOUNDS, "host"])
 def test_sparse_questions_are_those_of_the_plain_cache_within_a_bound(model, plain, expected, name):
+    bound = BOUNDS.get(name, CLOSE["atol"])
     prefilled = model.prefill(PROMPTS, kv_cache=name, **DENSE)
     asked = model.extend(prefilled, MORE, **SPARSE)
     twice = model.extend(asked, MORE, **SPARSE)
     for ours, theirs in zip((asked, twice), expected, strict=True):
-        np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=BOUNDS[name])
+        np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=bound)
         np.testing.assert_allclose(ours.density, theirs.density, rtol=1e-5)
         assert ours.cache.length.tolist() == theirs.cache.length.tolist()
     dense = model.extend(prefilled, MORE)
-    assert np.abs(asked.logits - dense.logits).max() > 1.5 * BOUNDS[name]  # it is sparse
+    assert np.abs(asked.logits - dense.logits).max() > 1.5 * bound  # it is sparse
     assert asked.cache.prompt is prefilled.cache  # and copies nothing
 
 
@@ -106,8 +89,7 @@ def test_chunks_are_near_one_read_and_answered_alike(model, name):
 def test_a_chunk_writes_out_one_layer_at_a_time(name):
     taken = []
     for num_layers in (1, 8):
-        config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        other = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)))
+        other = cached_model.of_layers(num_layers)
         (chunk,) = compile_ahead(other, [40_000], chunk_size=128, kv_cache=name, implementation="xla", **DENSE)
         taken.append(chunk.output_bytes + chunk.temporary_bytes)
         assert chunk.argument_bytes > num_layers * 40_960 * 2 * 2 * (8 + 4)  # tokens, KV heads, k and v, bytes
@@ -118,8 +100,7 @@ def test_a_chunk_writes_out_one_layer_at_a_time(name):
 def test_a_sparse_question_writes_out_one_layer_at_a_time(name):
     taken = []
     for num_layers in (1, 8):
-        config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        other = LanguageModel(from_parameters(config, tiny_models.tiny_parameters(config)))
+        other = cached_model.of_layers(num_layers)
         sizes = (num_layers, 1, 40_960, 2, 8, np.float32)
         prompt, tail = jax.eval_shape(
             lambda sizes=sizes: (POLICIES[name].empty(*sizes), init_cache(*sizes[:2], 128, *sizes[3:]))

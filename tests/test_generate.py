@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from goldens import families, tiny_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from minference_jax.generate import ATTENTION_NAMES, LanguageModel, bucket_length
 from minference_jax.generate.sampling import Sampling, choose
@@ -37,11 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<end>")
+    return small_models.byte_tokenizer()
 
 
 @pytest.fixture

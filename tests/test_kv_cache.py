@@ -1,12 +1,11 @@
 """Cache policies: each answers as the plain cache to a stated bound, and reads exactly what it says that it keeps."""
 
-import dataclasses
-
+import cached_model
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import tiny_models
+from cached_model import BOUNDS, CLOSE, DENSE, MORE, PROMPTS, TOKENS
 
 from minference_jax import compile_ahead
 from minference_jax.cache import (
@@ -25,32 +24,14 @@ from minference_jax.cache import (
     split,
 )
 from minference_jax.cache.policy import unpacked
-from minference_jax.generate import LanguageModel
-from minference_jax.models import from_parameters
 
-CONFIG = dataclasses.replace(tiny_models.CASES["default_untied"], num_layers=2, max_position_embeddings=1 << 17)
-TOKENS = np.random.default_rng(5).integers(0, 61, 600).astype(np.int32)
-PROMPTS = [TOKENS[:200], TOKENS[20:90]]
-MORE = [TOKENS[200:230], TOKENS[90:95]]
-DENSE = {"attention": "dense"}
-CLOSE = {"rtol": 0, "atol": 2e-5}
-BOUNDS = {"int8": 0.08, "fp8": 0.4}  # of logits up to 4
 SMALL = {
     "snapkv": SnapKV(capacity=40, window_size=8),
     "pyramidkv": PyramidKV(capacity=40, window_size=8, beta=4),
     "streaming_llm": StreamingLLM(sink_size=5, recent_size=35),
 }
+model, plain = cached_model.model, cached_model.plain  # fixtures
 NOT_PLAIN = pytest.mark.parametrize("name", [name for name in POLICIES if name != "plain"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel(from_parameters(CONFIG, tiny_models.tiny_parameters(CONFIG)))
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return model.prefill(PROMPTS, **DENSE)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pattern_contents import EVERY_KIND
 
 from minference_jax.patterns import (
     DEFAULT_PATTERN,
@@ -14,11 +15,6 @@ from minference_jax.patterns import (
     PatternKind,
     VerticalSlash,
     uniform_patterns,
-)
-
-EVERY_KIND = (
-    (VerticalSlash(vertical_size=3, slash_size=4), Dense()),
-    (AShape(sink_size=1, window_size=2), BlockSparse(num_blocks=7)),
 )
 
 

@@ -117,7 +117,7 @@ class Bench:
         """
         chosen = select_cases(self.cases(), texts)
         for case in chosen:
-            self._choose(case)
+            self.choose(case)
         if lengths is None and self.saved is not None:
             lengths = (self.saved.q.shape[1],)
         return plan(chosen, lengths)
@@ -141,7 +141,7 @@ class Bench:
                 f"{case.name} at {length} tokens, {heads}, {case.dtype}, does not fit the device: {reason}"
             ) from error
 
-    def _choose(self, case: Case) -> tuple[Implementation, TileConfig]:
+    def choose(self, case: Case) -> tuple[Implementation, TileConfig]:
         where = (self.device, case.head_dim, jnp.dtype(case.dtype).itemsize)
         entry = first_sparse(self.implementation, *where)
         if self.tiles is not None:
@@ -149,7 +149,7 @@ class Bench:
         return entry, self.tiles or entry.tiles(*where)
 
     def _measure(self, case: Case, length: int) -> dict[str, Any]:
-        entry, tiles = self._choose(case)
+        entry, tiles = self.choose(case)
         before = peak_bytes()
         if self.saved is None:
             qkv = inputs.random_activations(case, length)
@@ -170,7 +170,7 @@ class Bench:
             skip_error = against(qkv, self._skipping(qkv, calls)(), calls.layout)
         what = f"{case.name}, {entry.name}"
         error = max(self._check(case), oracle.check(sampled, case.dtype, f"{what}, {length} tokens"))
-        name, baseline = self._baseline(case)
+        name, baseline = self.baseline(case)
         times = self._times(case, length, qkv, calls, baseline)
         return record(
             **_described(case, length, tiles, estimated=self.saved is not None),
@@ -186,12 +186,12 @@ class Bench:
     def _check(self, case: Case) -> float:
         """The largest error of the case's kernel and of its baseline over all queries at ``CHECK_LENGTH`` tokens."""
         small = case.small()
-        entry, tiles = self._choose(case)
+        entry, tiles = self.choose(case)
         key = (small.sizes, case.slash_granularity, *_shape(case), entry.name, tiles)
         if key not in self._errors:
             qkv = inputs.random_activations(small, CHECK_LENGTH)
             calls = prepare(small, CHECK_LENGTH, entry, tiles, qkv, estimated=False)
-            name, baseline = self._baseline(case)
+            name, baseline = self.baseline(case)
             causal = everything(1, case.num_heads, CHECK_LENGTH, CHECK_LENGTH, tiles)
             outs = {entry.name: (calls.kernel(*qkv, calls.layout), calls.layout), name: (baseline(*qkv), causal)}
             where = {"scale": case.head_dim**-0.5, "tiles": tiles, "dtype": case.dtype}
@@ -202,7 +202,7 @@ class Bench:
             )
         return self._errors[key]
 
-    def _baseline(self, case: Case) -> tuple[str, Callable[..., Array]]:
+    def baseline(self, case: Case) -> tuple[str, Callable[..., Array]]:
         """Dense attention to compare with: cuDNN's where it can, else this library's own."""
         if self.device.platform == "cuda":
             try:
@@ -212,7 +212,7 @@ class Bench:
             else:
                 attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
                 return "jax.nn.dot_product_attention, cudnn", jax.jit(attend)
-        name = self._choose(case)[0].name
+        name = self.choose(case)[0].name
         return f"dense_attention, {name}", functools.partial(dense_attention, implementation=name)
 
     def _skipping(self, qkv: Activations, calls: Calls) -> Callable[[], Array]:

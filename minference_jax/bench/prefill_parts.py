@@ -138,12 +138,12 @@ class _Walk:
 
     def _write(self, index: np.int32, q: Array, k: Array, v: Array) -> Any:
         layers = self._config.num_layers
-        keep = functools.partial(self._policy.keep, num_layers=layers, scale=self._scale)
+        how = {"num_layers": layers, "scale": self._scale}
         if self._held is None:
+            keep = functools.partial(self._policy.keep, **how)
             one = jax.eval_shape(keep, q, k, v, lengths=self._lengths, layer=index)
             self._held = self._placed(jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), one))
-        how = {"policy": self._policy, "num_layers": layers, "scale": self._scale}
-        self._held = _write(self._held, index, q, k, v, self._lengths, **how)
+        self._held = _write(self._held, index, q, k, v, self._lengths, policy=self._policy, **how)
         return self._held
 
     def _placed(self, held: Any) -> Any:

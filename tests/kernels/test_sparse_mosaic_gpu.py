@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel against the oracle on exactly the pairs its layout keeps. Pallas can't interpret it."""
+"""The Mosaic GPU kernel against the oracle on exactly the pairs its layout keeps, on a GPU."""
 
 import dataclasses
 import functools
