@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from minference_jax.kernels import program_mosaic_gpu, sparse_mosaic_gpu, warpgroup_mosaic_gpu
+from minference_jax.kernels import program_mosaic_gpu, sparse_mosaic_gpu, warpgroup_mosaic_gpu, wide_mosaic_gpu
 
 THREADS = 8
 """Warpgroups wait for each other in threads of XLA's own, and it has as many as cores, or as NPROC says."""
@@ -72,8 +72,9 @@ def interpreted():
     """The kernel is interpreted where it is traced in here; a race is an error."""
     products = {"wgmma": _multiply, "ACC": types.SimpleNamespace(init=Sum)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warpgroup_mosaic_gpu, "pl", _with(pl, run_state=_run_state))
-        patch.setattr(warpgroup_mosaic_gpu, "plgpu", _with(plgpu, **products))
+        for module in (warpgroup_mosaic_gpu, wide_mosaic_gpu):
+            patch.setattr(module, "pl", _with(pl, run_state=_run_state))
+            patch.setattr(module, "plgpu", _with(plgpu, **products))
         patch.setattr(sparse_mosaic_gpu, "plgpu", _with(plgpu, kernel=_kernel, RefUnion=lambda *views: views))
         patch.setattr(program_mosaic_gpu, "_bring", _bring)
         yield

@@ -27,6 +27,9 @@ CASES = {
     "unequal lengths, head_dim 128": {"H": 128, "stages": 3, "T": 200, "S": 200, "lengths": [[0, 200], [0, 70]]},
     "tiles of 128, head_dim 80, float16": {"H": 80, "stages": 3, "size": 128, "dtype": "float16"},
     "few stages": {"H": 64, "stages": 2},
+    "head_dim 256": {"H": 256, "stages": 2},
+    "head_dim 192, unequal lengths": {"H": 192, "stages": 3, "T": 200, "S": 200, "lengths": [[0, 200], [0, 70]]},
+    "head_dim 256, a threshold below all": {"H": 256, "stages": 2, "skip_threshold": 1e-30},
     "a threshold below all": {"H": 64, "stages": 4, "skip_threshold": 1e-30},
 }
 
