@@ -157,10 +157,12 @@ class Warpgroup(NamedTuple):
         Returns:
           The accumulator without the values of this step, and their weights.
         """
-        slot = self.program.slot(number)
+        slot, half = self.program.slot(number), self.number if part.split else 0
+        mask = lambda scores: self.mask(part, place, slot, half, scores, masked)  # noqa: E731
+        if pending is not None and self.program.log2_threshold is None:
+            return self.overlap(part, number, mask, acc, pending)
         acc, scores = self.multiply(part, number, acc, pending)
-        scores = self.mask(part, place, slot, self.number if part.split else 0, scores, masked)
-        return self.soften(number, acc, scores)
+        return self.soften(number, acc, mask(scores))
 
     def mask(self, part: Part, place, slot, half, scores, masked: bool) -> Array:
         """The scores of keys from the beginning of a half on, -inf where they must not count. Frees the keys."""
@@ -197,6 +199,34 @@ class Warpgroup(NamedTuple):
     def place_of_votes(self, number) -> Array:
         """One of two in turn: until all have read one, the barrier of the next step keeps it."""
         return lax.rem(number, jnp.int32(2))
+
+    def overlap(
+        self, part: Part, number, mask: Callable[[Array], Array], acc: Accumulator, pending: Pending
+    ) -> tuple[Accumulator, Pending]:
+        """As ``multiply`` and ``soften``, with the softmax beside the product of weights and values."""
+        program, held = self.program, self.program.held
+        slot, last, keys = program.slot(number), program.slot(number - 1), self.keys(part)
+
+        def run(refs):
+            sums, softmax, outs = refs
+            top, total, decay, weights = softmax
+            self.add_scores(sums, slot, keys)
+            self.add_values(outs, pending.weights, last, keys)
+            plgpu.barrier_arrive(self.others_turn)
+            scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(sums, wait_n=program.chunks))
+            top[...], total[...], decay[...], weights[...] = self.softmax(top[...], total[...], mask(scores))
+
+        plgpu.barrier_wait(held["k_here"].at[slot])
+        plgpu.barrier_wait(held["v_here"].at[last])
+        plgpu.barrier_wait(self.turn)
+        nothing = plgpu.layout_cast(jnp.zeros((HALF, keys.size), jnp.float32), LAYOUT)
+        softmax = (acc.top, acc.total, acc.top, nothing)
+        sums = (plgpu.ACC.init(nothing), softmax, tuple(plgpu.ACC.init(x) for x in acc.out))
+        _, (top, total, decay, weights), out = pl.run_state(run)(sums)
+        plgpu.barrier_arrive(held["v_free"].at[last])
+        weights = weights.astype(program.q.dtype)  # not before: products in flight still read those of the step before
+        out, weights = lax.optimization_barrier((_scaled(out, decay), weights))
+        return Accumulator(top, total, out), Pending(weights, None)
 
     def multiply(self, part: Part, number, acc: Accumulator, pending: Pending | None) -> tuple[Accumulator, Array]:
         """At the tensor cores: the scores of a step, and the pending weights times the values of the one before."""
@@ -251,15 +281,20 @@ class Warpgroup(NamedTuple):
 
     def weigh(self, acc: Accumulator, scores, largest) -> tuple[Accumulator, Array]:
         """The softmax: an accumulator that lacks the values of these keys, and their weights."""
-        scale = self.program.scale
-        top = jnp.maximum(acc.top, largest)
-        decay = jnp.exp2(acc.top - top)
-        weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
-        out = tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in acc.out)
-        total = acc.total * decay + weights.sum(axis=1)
+        top, total, decay, weights = self.softmax(acc.top, acc.total, scores, largest)
         weights = weights.astype(self.program.q.dtype)
-        out, total, top, weights = lax.optimization_barrier((out, total, top, weights))
+        out, weights = lax.optimization_barrier((_scaled(acc.out, decay), weights))
         return Accumulator(top, total, out), weights
+
+    def softmax(self, top, total, scores, largest=None) -> tuple[Array, ...]:
+        """Top and total with these scores, what sums of before are multiplied by, and the scores' weights."""
+        scale = self.program.scale
+        largest = scores.max(axis=1) * scale if largest is None else largest
+        new = jnp.maximum(top, largest)
+        decay = jnp.exp2(top - new)
+        weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
+        total = total * decay + weights.sum(axis=1)
+        return lax.optimization_barrier((new, total, decay, weights))
 
     def seen(self, part: Part, place, slot, half) -> Array:
         """Which of the keys each query sees, from the beginning of a half on: bool [64, keys]."""
@@ -300,6 +335,10 @@ class Warpgroup(NamedTuple):
             at = program.out.at[sequence, self.rows, head, program.head_dims(chunk)]
             plgpu.copy_smem_to_gmem(q_raw.at[self.number, chunk], at)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _scaled(out, factor) -> tuple[Array, ...]:
+    return tuple(x * lax.broadcast_in_dim(factor, x.shape, [0]) for x in out)
 
 
 def _transposed(ref: Any) -> Any:

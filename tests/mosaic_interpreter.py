@@ -20,17 +20,24 @@ THREADS = 8
 """Warpgroups wait for each other in threads of XLA's own, and it has as many as cores, or as NPROC says."""
 
 
-class Sum:
-    """An accumulator of matrix products."""
+class Register:
+    """A value that a run changes: an accumulator of matrix products, or another one."""
 
     def __init__(self, value):
         self.value = value
 
+    def __getitem__(self, _):
+        return self.value
+
+    def __setitem__(self, _, value):
+        self.value = value
+
 
 def _run_state(run):
-    def called(sums):
-        run(sums)
-        return jax.tree.map(lambda one: one.value, sums)
+    def called(state):
+        registers = jax.tree.map(lambda one: one if isinstance(one, Register) else Register(one), state)
+        run(registers)
+        return jax.tree.map(lambda one: one.value, registers)
 
     return called
 
@@ -70,7 +77,8 @@ def _bring(program, part, place, number, bring=program_mosaic_gpu._bring):
 @contextlib.contextmanager
 def interpreted():
     """The kernel is interpreted where it is traced in here; a race is an error."""
-    products = {"wgmma": _multiply, "ACC": types.SimpleNamespace(init=Sum)}
+    products = {"wgmma": _multiply, "ACC": types.SimpleNamespace(init=Register)}
+    products["wgmma_accumulator_load"] = lambda total, wait_n: total.value
     with pytest.MonkeyPatch.context() as patch:
         for module in (warpgroup_mosaic_gpu, wide_mosaic_gpu):
             patch.setattr(module, "pl", _with(pl, run_state=_run_state))
