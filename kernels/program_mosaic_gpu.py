@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -25,6 +26,9 @@ PRODUCER = 2
 """The number of the warpgroup that brings keys and values, behind those that compute."""
 REGISTERS = (240, 24)
 """Of a thread that computes, and of one that brings: in all no more than three times 168, with which they start."""
+MOVES_REGISTERS = jax.__version_info__ < (0, 12)
+"""Whether threads get them. From 0.12 on JAX compiles kernels with nvJitLink, for which ptxas makes what other code
+could be linked to: it ignores ``setmaxnreg`` then (and says so, C7504), and all threads keep the 168."""
 
 
 class Inputs(NamedTuple):
@@ -87,16 +91,21 @@ class Program(NamedTuple):
         return self.held["k"][0].shape[1]
 
     @property
+    def slots(self) -> int:
+        """Of shared memory, for keys and as many for values."""
+        return self.held["k"][0].shape[0]
+
+    @property
     def slot_keys(self) -> int:
-        """Keys of a slot of shared memory: those of a step, or of half of one."""
+        """Keys of a slot: those of a step, or of half of one."""
         return self.held["k"][0].shape[2]
 
     def slot(self, number: Array, half: Array | int = 0) -> Array:
         """Where step ``number`` lies in shared memory, or a half of it that has a slot to itself."""
-        pieces, stages = WHOLE // self.slot_keys, self.tiles.num_stages
-        if stages % pieces:
-            return lax.rem(number * pieces + half, jnp.int32(stages))
-        return lax.rem(number, jnp.int32(stages // pieces)) * pieces + half  # the same, in fewer registers
+        pieces, slots = WHOLE // self.slot_keys, self.slots
+        if slots % pieces:
+            return lax.rem(number * pieces + half, jnp.int32(slots))
+        return lax.rem(number, jnp.int32(slots // pieces)) * pieces + half  # the same, in fewer registers
 
     def head_dims(self, chunk: int) -> Any:
         """A part of head_dim, zeros where it ends: only a start that is not static may leave less than a chunk."""

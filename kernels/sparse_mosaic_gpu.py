@@ -18,9 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.layouts import SparseLayout, everything
-from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, Inputs, Program, bring_kernel
+from minference_jax.kernels.program_mosaic_gpu import (
+    CHUNK,
+    COMPUTE,
+    MOVES_REGISTERS,
+    PRODUCER,
+    Inputs,
+    Program,
+    bring_kernel,
+)
 from minference_jax.kernels.softmax import valid_rows
-from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_slot_keys
+from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_stage_keys
 from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
 from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
@@ -149,7 +157,9 @@ def _inputs(k, v, layout: SparseLayout, *, q_offset, kv_len, q_len: int, tiles: 
 
 def _scratch(head_dim: int, stages: int, dtype: Any, has_columns: bool, has_votes: bool) -> dict[str, Any]:
     """Shared memory and barriers of one program."""
-    chunks, keys = -(-head_dim // CHUNK), mosaic_gpu_slot_keys(head_dim)
+    chunks, stage_keys = -(-head_dim // CHUNK), mosaic_gpu_stage_keys(head_dim)
+    keys = stage_keys if MOVES_REGISTERS else HALF
+    slots = stages * stage_keys // keys
     raw = (plgpu.SwizzleTransform(128),)
     tiled = (plgpu.TilingTransform((8, CHUNK)), *raw)
 
@@ -159,13 +169,13 @@ def _scratch(head_dim: int, stages: int, dtype: Any, has_columns: bool, has_vote
 
     # Warpgroups take turns at the tensor cores: one token goes from ``turn`` to ``turn``, and warpgroup 0 has it first.
     # "k_free" frees "first", too.
-    def barrier(arrivals: int, count: int = stages) -> plgpu.Barrier:
+    def barrier(arrivals: int, count: int = slots) -> plgpu.Barrier:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
     scratch: dict[str, Any] = {
         "q": both(COMPUTE, chunks, HALF, CHUNK),
-        "k": both(stages, chunks, keys, CHUNK),
-        "v": both(stages, chunks, keys, CHUNK),
+        "k": both(slots, chunks, keys, CHUNK),
+        "v": both(slots, chunks, keys, CHUNK),
         "q_here": barrier(chunks, COMPUTE),
         "k_here": barrier(keys // HALF * chunks),
         "v_here": barrier(keys // HALF * chunks),
@@ -174,7 +184,7 @@ def _scratch(head_dim: int, stages: int, dtype: Any, has_columns: bool, has_vote
         "turn": barrier(1, COMPUTE),
     }
     if has_columns or has_votes:  # in one piece: each takes whole KiB. The votes are the last entry.
-        scratch["first"] = plgpu.SMEM((stages * has_columns + has_votes, COMPUTE, keys), jnp.bfloat16)
+        scratch["first"] = plgpu.SMEM((slots * has_columns + has_votes, COMPUTE, keys), jnp.bfloat16)
     if has_columns:
         scratch["first_here"] = barrier(COMPUTE)
     return scratch

@@ -150,7 +150,7 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
 
 
-def mosaic_gpu_slot_keys(head_dim: int) -> int:
+def mosaic_gpu_stage_keys(head_dim: int) -> int:
     """Keys of a stage of the Mosaic GPU kernel: above a head_dim of 128 registers hold no more than 64 scores a row."""
     return 128 if head_dim <= 128 else 64
 
@@ -158,7 +158,7 @@ def mosaic_gpu_slot_keys(head_dim: int) -> int:
 def mosaic_gpu_shared_memory_bytes(tiles: TileConfig, head_dim: int) -> int:
     """Shared memory of the Mosaic GPU kernel, in bytes: queries, the keys and values of every stage, rest."""
     row = -(-head_dim // 64) * 64 * 2
-    rows = 128 + 2 * tiles.num_stages * mosaic_gpu_slot_keys(head_dim)
+    rows = 128 + 2 * tiles.num_stages * mosaic_gpu_stage_keys(head_dim)
     return rows * row + 512 * tiles.num_stages + 1024
 
 

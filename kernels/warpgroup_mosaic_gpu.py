@@ -111,7 +111,7 @@ class Warpgroup(NamedTuple):
     def begin(self) -> None:
         """Frees all of shared memory and waits for the queries."""
         program, held = self.program, self.program.held
-        for slot in range(program.tiles.num_stages):
+        for slot in range(program.slots):
             plgpu.barrier_arrive(held["k_free"].at[slot])
             plgpu.barrier_arrive(held["v_free"].at[slot])
         sequence, head, _ = program.place
