@@ -30,7 +30,8 @@ def attention_mass(
     """Sums the attention weights of consecutive queries over each key and over each distance.
 
     Args:
-      q: [B, L, N, H], L a power of two. k: [B, S, K, H], same dtype, N a multiple of K; H a multiple of 16.
+      q: [B, L, N, H], L a power of two. k: [B, S, K, H], same dtype, N a multiple of K. Where H is no
+        multiple of 16, padded copies are taken.
       positions: int32 [B, L], where the queries stand, each one after the one before; -1 = no query: it sees no key.
       scale: multiplies the scores.
       interpret: run in Pallas' interpreter, for tests.
@@ -41,6 +42,7 @@ def attention_mass(
 
     Source: arXiv 2407.02490, section 3.2 and algorithm 2.
     """
+    q, k = (jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[3] % 16)]) for x in (q, k))
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     rows = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim)

@@ -1,6 +1,7 @@
 """The program of the Mosaic GPU kernel: 128 queries of one head, three warpgroups.
 
-One brings keys and values into shared memory, step by step; two compute (``warpgroup_mosaic_gpu``), 64 queries each.
+One brings keys and values into shared memory, step by step; two compute, 64 queries each (``warpgroup_mosaic_gpu``, or
+``wide_mosaic_gpu`` where registers are few).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -26,9 +26,6 @@ PRODUCER = 2
 """The number of the warpgroup that brings keys and values, behind those that compute."""
 REGISTERS = (240, 24)
 """Of a thread that computes, and of one that brings: in all no more than three times 168, with which they start."""
-MOVES_REGISTERS = jax.__version_info__ < (0, 12)
-"""Whether threads get them. From 0.12 on JAX compiles kernels with nvJitLink, for which ptxas makes what other code
-could be linked to: it ignores ``setmaxnreg`` then (and says so, C7504), and all threads keep the 168."""
 
 
 class Inputs(NamedTuple):

@@ -1,9 +1,9 @@
 """Dense and sparse attention as one Pallas kernel, lowered through Mosaic GPU: NVIDIA GPUs of the Hopper generation.
 
-What a program does stands in ``program_mosaic_gpu`` and ``warpgroup_mosaic_gpu``, and what its steps are in
-``warpgroup_steps``. The copy engine brings rows from any place: keys and values are copied into shared memory that is
-swizzled, not tiled, 64 of head_dim at a time, and read as tiles of the very same bytes. So a slash costs no more keys
-than it has.
+What a program does stands in ``program_mosaic_gpu``, ``warpgroup_mosaic_gpu`` and ``wide_mosaic_gpu``, and what its
+steps are in ``warpgroup_steps``. The copy engine brings rows from any place: keys and values are copied into
+shared memory that is swizzled, not tiled, 64 of head_dim at a time, and read as tiles of the very same bytes. So a
+slash costs no more keys than it has.
 """
 
 from __future__ import annotations
@@ -18,17 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from minference_jax.kernels.layouts import SparseLayout, everything
-from minference_jax.kernels.program_mosaic_gpu import (
-    CHUNK,
-    COMPUTE,
-    MOVES_REGISTERS,
-    PRODUCER,
-    Inputs,
-    Program,
-    bring_kernel,
-)
+from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, Inputs, Program, bring_kernel
 from minference_jax.kernels.softmax import valid_rows
-from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_stage_keys
+from minference_jax.kernels.tiles import MOVES_REGISTERS, TileConfig, mosaic_gpu_stage_keys
 from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
 from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
@@ -76,7 +68,7 @@ def attention(
       q_offset: int32 [B], absolute position of the first query.
       kv_len: int32 [B], valid keys; rows at positions >= kv_len are padding.
       tiles: 64 queries by 64 keys, or 128 by 128.
-      skip_threshold: as in ``minference_jax.attention``; a tile is what a warpgroup takes in one step: 64 queries by 64
+      skip_threshold: as in ``minference_jax.attention``; a tile is what a warpgroup takes at a time: 64 queries by 64
         keys or 128, whatever ``tiles`` says.
 
     Returns:

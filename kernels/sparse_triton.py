@@ -196,12 +196,18 @@ def _columns(k, v, layout: SparseLayout, q_offset, kv_len, q_len: int, tiles: Ti
 
 
 def head_parts(head_dim: int) -> list[Any]:
-    """Splits head_dim into powers of two, the largest first: sizes inside a kernel must be such."""
+    """Splits head_dim into powers of two, the largest first: sizes inside a kernel must be such.
+
+    Raises:
+      ValueError: matrix products can't take it: it is no multiple of 16, or 512 or more.
+    """
     parts, at = [], 0
     for bit in reversed(range(4, 9)):
         if head_dim & (1 << bit):
             parts.append(pl.ds(at, 1 << bit))
             at += 1 << bit
+    if at != head_dim:
+        raise ValueError(f"{head_dim=} must be a multiple of 16 below 512")
     return parts
 
 

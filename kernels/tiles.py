@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 DTYPES = ("float32", "bfloat16", "float16")  # of queries, keys and values
+MOVES_REGISTERS = jax.__version_info__ < (0, 12)
+"""Whether warpgroups of the Mosaic GPU kernel get registers from each other. From 0.12 on JAX compiles kernels with
+nvJitLink, for which ptxas makes what other code could be linked to: it ignores ``setmaxnreg`` then (and says so,
+C7504), and all threads keep the 168 that they start with."""
+MOSAIC_GPU_HEAD_DIM = 256 if MOVES_REGISTERS else 192
+"""The largest of the Mosaic GPU kernel; sums of more do not fit those registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,10 +197,10 @@ def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig
     """
     if device.compute_capability != (9, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 9.0, not {device.kind}")
-    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= 256:
+    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= MOSAIC_GPU_HEAD_DIM:
         raise NotImplementedError(
-            f"it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, not {head_dim} in "
-            f"{itemsize} bytes"
+            "it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, or to 192 from jax "
+            f"0.12 on, not {head_dim} in {itemsize} bytes with jax {jax.__version__}"
         )
     choices = (TileConfig(num_stages=stages) for stages in (4, 3, 2))
     return next(x for x in choices if mosaic_gpu_shared_memory_bytes(x, head_dim) <= device.shared_memory)

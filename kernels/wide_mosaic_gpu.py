@@ -70,8 +70,14 @@ class WideWarpgroup(Warpgroup):
         return self.finish(part, slot, *self.soften(number, acc, scores))
 
     def place_of_votes(self, number) -> Array:
-        """The only one: before votes are stored, all have read those before."""
+        """The only one."""
         return lax.optimization_barrier(jnp.int32(0))
+
+    def matter(self, acc: Accumulator, largest, number) -> Array:
+        """As of ``Warpgroup``; before the next votes are stored, all warps have read these."""
+        matter = super().matter(acc, largest, number)
+        plgpu.commit_smem()
+        return matter
 
     def slot(self, number, half) -> Array:
         """Where half a step lies."""

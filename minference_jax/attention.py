@@ -21,9 +21,10 @@ Arguments that all functions share:
     log-sum-exp, that of the other pairs, by log(1 + n t). Density counts these tiles, too. A score of NaN is never left
     out; a NaN among the values of such a tile does not show.
   implementation: "cudnn" (dense attention on NVIDIA GPUs), "mosaic_gpu" (NVIDIA GPUs of compute capability 9.0, half
-    precision, head_dim from 64 to 256), "triton" (NVIDIA GPUs of compute capability 8.0 or later), "xla" (everywhere),
-    or None = the first of these that can do the call where q is, or on jax's default device where q is traced. With
-    fewer than 64 queries "mosaic_gpu" is passed over, with fewer than 16 "triton".
+    precision, head_dim a multiple of 8 from 64 to 256, from jax 0.12 on to 192), "triton" (NVIDIA GPUs of compute
+    capability 8.0 or later), "xla" (everywhere), or None = the first of these that can do the call where q is, or on
+    jax's default device where q is traced. With fewer than 64 queries "mosaic_gpu" is passed over, with fewer than 16
+    "triton".
 They raise ValueError, which says what was given and what is needed, for shapes, dtypes and sizes that do not fit, and
 NotImplementedError where an implementation named by the caller can't do the call.
 """

@@ -46,6 +46,7 @@ class Report(NamedTuple):
         shared_bytes: shared memory of a program, of the Triton kernel that takes most; 0 = not known. Mosaic GPU raises
             an error where there is too little.
         wgmma: whether a Triton kernel uses Hopper's warpgroup matrix products.
+        serialized: whether those of a Mosaic GPU kernel wait for each other, because ptxas is not sure of registers.
         error: why there is nothing of the above, or None.
         products: what computes each matrix product, a cuBLASLt call or "dot" (in a Triton kernel of XLA's), and the
             dtypes of its operands and its result, such as "dot bf16 bf16 -> f32".
@@ -57,6 +58,7 @@ class Report(NamedTuple):
     spill_bytes: int = 0
     shared_bytes: int = 0
     wgmma: bool = False
+    serialized: bool = False
     error: str | None = None
     products: Sequence[str] = ()
     transposes: Sequence[str] = ()
@@ -223,7 +225,8 @@ def _mosaic_report(name: str, said: str) -> Report | None:
     registers = [int(size) for size in re.findall(r"Used (\d+) registers", said)]
     of_kernels = "\n".join(line for line in said.splitlines() if "stack frame" in line)
     spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", of_kernels))
-    return Report(name, max(registers), spills) if registers else None
+    serialized = "wgmma.mma_async instructions are serialized" in said
+    return Report(name, max(registers), spills, serialized=serialized) if registers else None
 
 
 def _report(name: str, folder: Path) -> Report:

@@ -75,8 +75,11 @@ def _bring(program, part, place, number, bring=program_mosaic_gpu._bring):
 
 
 @contextlib.contextmanager
-def interpreted():
-    """The kernel is interpreted where it is traced in here; a race is an error."""
+def interpreted(moves_registers=True):
+    """The kernel is interpreted where it is traced in here, as for threads that do or don't get registers from others.
+
+    A race is an error.
+    """
     products = {"wgmma": _multiply, "ACC": types.SimpleNamespace(init=Register)}
     products["wgmma_accumulator_load"] = lambda total, wait_n: total.value
     with pytest.MonkeyPatch.context() as patch:
@@ -84,6 +87,7 @@ def interpreted():
             patch.setattr(module, "pl", _with(pl, run_state=_run_state))
             patch.setattr(module, "plgpu", _with(plgpu, **products))
         patch.setattr(sparse_mosaic_gpu, "plgpu", _with(plgpu, kernel=_kernel, RefUnion=lambda *views: views))
+        patch.setattr(sparse_mosaic_gpu, "MOVES_REGISTERS", moves_registers)
         patch.setattr(program_mosaic_gpu, "_bring", _bring)
         yield
 

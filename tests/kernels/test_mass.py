@@ -34,7 +34,8 @@ def brute_force(q, k, positions, scale):
 
 @KERNELS
 @pytest.mark.parametrize(
-    ("size", "last", "head_dim"), [(300, (299, 180), 64), (70, (69, 20), 80), (1300, (1299, -1), 16)]
+    ("size", "last", "head_dim"),
+    [(300, (299, 180), 64), (70, (69, 20), 80), (1300, (1299, -1), 16), (100, (99, 63), 72)],
 )
 def test_weights_are_summed_over_keys_and_distances(attention_mass, size, last, head_dim):
     rng = np.random.default_rng(size)
