@@ -1,7 +1,8 @@
 """What Nsight Compute counts while one kernel of the attention suite runs: one JSON line a kernel.
 
-Needs an NVIDIA GPU and ``ncu``. It runs the kernel once for every few counters and saves what it writes in between, so
-``--heads`` takes fewer heads than the case has: programs of a head run beside each other, not beside those of others.
+Needs an NVIDIA GPU of the Hopper generation, whose copy engine is counted, and ``ncu``. It runs the kernel once for
+every few counters and saves what it writes in between, so ``--heads`` takes fewer heads than the case has: programs of
+a head run beside each other, not beside those of others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import jax
 
 from minference_jax.bench import attention, cases, inputs
 from minference_jax.bench.records import environment
+from minference_jax.implementations import device_of
 
 COUNTERS = {
     "kernel_ns": "gpu__time_duration.sum",
@@ -44,8 +47,13 @@ def profile(arguments: argparse.Namespace) -> None:
     """Runs this file in ncu and adds a line to the output.
 
     Raises:
+      ValueError: no such case, length or heads.
+      FileNotFoundError: there is no ncu.
       RuntimeError: ncu failed, or saw none of ``KERNELS``.
     """
+    chosen_case(arguments)
+    if shutil.which("ncu") is None:
+        raise FileNotFoundError("ncu, of Nsight Compute, is not on the PATH")
     with tempfile.TemporaryDirectory() as folder:
         report, described = Path(folder) / "report.ncu-rep", Path(folder) / "described.json"
         inside = [sys.executable, __file__, *sys.argv[1:], "--inside", str(described)]
@@ -66,7 +74,8 @@ def profile(arguments: argparse.Namespace) -> None:
 def _output_of(command: list[str], settings) -> str:
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise RuntimeError(f"{command[0]} failed: {' '.join(said[-3:])}")
     return done.stdout
 
 
@@ -76,32 +85,56 @@ def counted(page: str) -> dict[str, str | float]:
     Raises:
       RuntimeError: the page has no kernel.
     """
-    heading, *rest = (row for row in csv.reader(io.StringIO(page)) if len(row) > 1)
-    rows = [dict(zip(heading, row, strict=True)) for row in rest[1:]]  # the first are units
-    if not rows:
+    table = [row for row in csv.reader(io.StringIO(page)) if len(row) > 1]
+    if len(table) < 3:  # names, units, kernels
         raise RuntimeError(f"no kernel was profiled whose name matches {KERNELS}")
+    rows = [dict(zip(table[0], row, strict=True)) for row in table[2:]]
     values = [{field: float(row[name].replace(",", "")) for field, name in COUNTERS.items()} for row in rows]
     longest = max(range(len(rows)), key=lambda i: values[i]["kernel_ns"])
     return {"kernel": rows[longest]["Kernel Name"], **values[longest]}
 
 
+def chosen_case(arguments: argparse.Namespace) -> cases.Case:
+    """The case with its heads.
+
+    Raises:
+      ValueError: no such case, length or heads.
+    """
+    case, *others = cases.select_cases(cases.GPU_CASES, [arguments.case])
+    if others or (arguments.implementation == "cudnn" and case.name != "dense"):
+        raise ValueError(f"{arguments.case!r} must be the name of one case, and 'dense' with cudnn")
+    if arguments.length < 1:
+        raise ValueError(f"length {arguments.length} must be at least 1")
+    heads = case.num_heads if arguments.heads is None else arguments.heads
+    group = case.num_heads // case.num_kv_heads
+    if heads < 1 or heads % group:
+        raise ValueError(f"--heads {heads} must be a positive multiple of {group}, the query heads of a KV head")
+    return dataclasses.replace(case, num_heads=heads, num_kv_heads=heads // group)
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """The kernel twice, to compile it and to be profiled; writes what it is."""
+    """The kernel twice, to compile it and to be profiled; writes what it is.
+
+    Raises:
+      NotImplementedError: there is no such GPU, or the implementation can't do the case on it.
+      RuntimeError: CUDA does not begin to be profiled.
+    """
+    if device_of().platform != "cuda":
+        raise NotImplementedError(f"it needs an NVIDIA GPU, not {device_of().kind}")
     on_cudnn = arguments.implementation == "cudnn"
     bench = attention.Bench(implementation=None if on_cudnn else arguments.implementation)
-    case, *others = cases.select_cases(bench.cases(), [arguments.case])
-    if others or (on_cudnn and case.name != "dense"):
-        raise ValueError(f"{arguments.case!r} must be the name of one case, and 'dense' with cudnn")
-    heads = arguments.heads or case.num_heads
-    case = dataclasses.replace(case, num_heads=heads, num_kv_heads=heads * case.num_kv_heads // case.num_heads)
+    case = chosen_case(arguments)
     entry, tiles = bench.choose(case)
     qkv = inputs.random_activations(case, arguments.length)
     calls = attention.prepare(case, arguments.length, entry, tiles, qkv, estimated=False)
     name, baseline = bench.baseline(case)
+    if on_cudnn and "cudnn" not in name:
+        raise NotImplementedError(f"cuDNN can't do {case.name} here")
     call = (lambda: baseline(*qkv)) if on_cudnn else lambda: calls.kernel(*qkv, calls.layout)
     jax.block_until_ready(call())
     cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuProfilerStart()
+    if status := cuda.cuProfilerStart():
+        raise RuntimeError(f"cuProfilerStart gave {status}")
     jax.block_until_ready(call())
     cuda.cuProfilerStop()
     shape = {field: getattr(case, field) for field in ("num_heads", "num_kv_heads", "head_dim", "dtype")}
@@ -118,11 +151,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", help='of `minference-jax bench attention`, such as "VS line"')
     parser.add_argument("length", type=int, help="tokens")
-    parser.add_argument("--implementation", default="mosaic_gpu", help="mosaic_gpu (without it), triton or cudnn")
+    names = ("mosaic_gpu", "triton", "cudnn")
+    parser.add_argument("--implementation", default=names[0], choices=names, help="without it mosaic_gpu")
     parser.add_argument(
         "--heads", type=int, help="query heads, as many of a KV head as in the case; without it its own"
     )
     parser.add_argument("--output", default=str(RECORDS), help="file of JSON lines (results/profile.jsonl)")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # the file for what ran, in the process that ncu watches
     given = parser.parse_args()
-    (run if given.inside else profile)(given)
+    try:
+        (run if given.inside else profile)(given)
+    except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
+        parser.error(str(error))

@@ -86,7 +86,9 @@ def thresholds_table(records: list[dict[str, Any]]) -> str:
 
 
 def profile_table(records: list[dict[str, Any]]) -> str:
-    """Markdown: what was counted in each kernel."""
+    """Markdown: what was counted in each kernel, the newest of each kind."""
+    kind = ("length", "case", "pattern", "implementation", "num_heads", "head_dim", "dtype", "device")
+    records = list({tuple(one[name] for name in kind): one for one in records}.values())
     percents = {
         "tensor_cores": "tensor cores",
         "exponentials": "exponentials",
@@ -99,15 +101,16 @@ def profile_table(records: list[dict[str, Any]]) -> str:
     lines = []
     for one in records:
         cells = [f"{one['length']:,}", f"{one['case']}; {one['pattern']}", f"{one['num_heads']}"]
+        cells += [f"{one['head_dim']}, {one['dtype']}"]
         cells += [f"`{one['implementation']}`", milliseconds(one["kernel_ns"] / 1e6)]
         cells += [f"{one['copied_bytes'] / one['kernel_ns'] / 1e3:.2f}", *(f"{one[name]:.0f}" for name in percents)]
         lines.append(f"| {' | '.join(cells)} |")
-    head = f"| tokens | case | heads | by | ms | copied, TB/s | {' | '.join(percents.values())} |"
+    head = f"| tokens | case | heads | head_dim | by | ms | copied, TB/s | {' | '.join(percents.values())} |"
     note = (
         "Copied is what the copy engine brings to shared memory; the columns behind it are percent of what each unit "
-        f"could do, of hits percent of the sectors. Head_dim {records[0]['head_dim']}, {records[0]['dtype']}."
+        "could do, of hits percent of the sectors."
     )
-    return "\n".join([head, "|" + " --- |" * (6 + len(percents)), *lines, "", f"{note} {_where(records)}"])
+    return "\n".join([head, "|" + " --- |" * (7 + len(percents)), *lines, "", f"{note} {_where(records)}"])
 
 
 def whole_prefills_table(records: list[dict[str, Any]]) -> str:
@@ -297,7 +300,7 @@ def evaluate_table(records: list[dict[str, Any]]) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of `evaluate --summary` or `evaluate linear --json`, whose fields are not those that `read` asks for."""
+    """Lines of `evaluate --summary`, `evaluate linear --json` or profile_kernel.py, not with the fields of `read`."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 

@@ -2,12 +2,16 @@
 
 import csv
 import io
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "profile_kernel.py"))
+PATH = Path(__file__).parent.parent / "benchmarks" / "profile_kernel.py"
+SCRIPT = runpy.run_path(str(PATH))
 COUNTERS = SCRIPT["COUNTERS"]
 
 
@@ -27,6 +31,27 @@ def test_the_longest_kernel_counts():
     assert found == {"kernel": "mosaic"} | dict(zip(COUNTERS, long, strict=True))
 
 
-def test_a_page_without_kernels_is_refused():
+@pytest.mark.parametrize("written", ["", page()], ids=["nothing", "headings"])
+def test_a_page_without_kernels_is_refused(written):
     with pytest.raises(RuntimeError, match="no kernel was profiled whose name matches regex:"):
-        SCRIPT["counted"](page())
+        SCRIPT["counted"](written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["VS", "8192"], "'VS' must be the name of one case, and 'dense' with cudnn"),
+        (["VS line", "8192", "--implementation", "cudnn"], "'VS line' must be the name of one case, and 'dense'"),
+        (["no such", "8192"], "no case has 'no such' in its name"),
+        (["dense", "0"], "length 0 must be at least 1"),
+        (["dense", "8192", "--heads", "6"], "--heads 6 must be a positive multiple of 4"),
+        (["dense", "8192", "--heads", "0"], "--heads 0 must be a positive multiple of 4"),
+        (["dense", "8192"], "ncu, of Nsight Compute, is not on the PATH"),
+        (["dense", "8192", "--inside", "unused"], "it needs an NVIDIA GPU, not "),
+    ],
+)
+def test_what_cannot_be_profiled_is_said_in_one_sentence(arguments, message, tmp_path):
+    settings = os.environ | {"PATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, PATH, *arguments], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
