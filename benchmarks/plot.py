@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from minference_jax.bench.prefill_table import label, prefill_groups, variant
@@ -32,6 +33,7 @@ def draw_lines(group, unit, of_case, of_dense, logarithmic):
     """A figure with one line for each case, and one for the dense attention of each shape."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, rows in series(group).items():
         axes.plot([row["length"] for row in rows], [of_case(row) for row in rows], "o-", label=name)
     shapes = {}

@@ -42,7 +42,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from minference_jax.capacities import check_pattern, is_fit
-from minference_jax.implementations import Implementation, device_of, first_that_can, memory_for
+from minference_jax.implementations import Implementation, device_of, first_that_can, memory_for, named
 from minference_jax.index import SlashGranularity, build_layout
 from minference_jax.kernels.layouts import FAR, density
 from minference_jax.kernels.tiles import DTYPES, TileConfig
@@ -115,6 +115,7 @@ def dense_attention(
       NotImplementedError: the named implementation can't do this call, or a gradient is asked for.
       MemoryError: the device has too little.
     """
+    named(implementation)
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     static = {"scale": scale, "return_lse": return_lse, "implementation": implementation, "device": device_of(q)}
     static["skip_threshold"] = check_skip_threshold(skip_threshold)
@@ -206,6 +207,9 @@ def sparse_attention(
 
     Source: arXiv 2407.02490 (MInference 1.0); heads, batches, chunks and lengths are handled together here.
     """
+    named(implementation)
+    if not (tiles is None or isinstance(tiles, TileConfig)):
+        raise ValueError(f"{tiles=} must be a TileConfig")
     q, k, v, scale, kv_len, q_offset = _prepare(q, k, v, scale, kv_len, q_offset)
     if slash_granularity not in get_args(SlashGranularity):
         raise ValueError(f'{slash_granularity=} must be "line" or "block"')
@@ -345,6 +349,8 @@ def _describe(x) -> str:
 
 def _prepare(q, k, v, scale, kv_len, q_offset):
     """Checks the shared arguments; nothing is copied."""
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be arrays, not {', '.join(type(x).__name__ for x in (q, k, v))}")
     shapes = f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}"
     if not jnp.ndim(q) == jnp.ndim(k) == jnp.ndim(v) == 4:
         raise ValueError(f"{shapes}: all three must have four axes, q [B, T, N, H], k and v [B, S, K, H]")
@@ -372,14 +378,18 @@ def check_skip_threshold(value: float | None) -> float | None:
     if value is None:
         return None
     if not (isinstance(value, int | float | np.floating) and 0 < value < 1):
-        raise ValueError(f"skip_threshold={value} must be a Python number above 0 and below 1")
+        raise ValueError(f"skip_threshold={value!r} must be a Python number above 0 and below 1")
     return float(value)
 
 
 def _per_sequence(name: str, value: ArrayLike | None, batch: int, low: int, high: int) -> Array | None:
     if value is None:
         return None
-    value = np.asarray(value) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value} must be an integer or integers of shape ({batch},)") from error
     if jnp.shape(value) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"{name} is {_describe(value)}, it must be an integer or integers of shape ({batch},)")
     if not isinstance(value, jax.core.Tracer):

@@ -29,6 +29,22 @@ def test_more_verticals_than_the_capacity_are_refused_or_made_nan_where_they_are
     np.testing.assert_allclose(enough, attention.sparse_attention(q, k, v, pattern), atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tiles": (64, 64)}, r"tiles=\(64, 64\) must be a TileConfig"),
+        ({"implementation": ["xla"]}, r"implementation=\['xla'\] is not one of"),
+        ({"kv_len": [[1], [2, 3]]}, r"kv_len=\[\[1\], \[2, 3\]\] must be an integer or integers of shape \(1,\)"),
+        ({"skip_threshold": "0.1"}, "skip_threshold='0.1' must be a Python number"),
+        ({"q": [1, 2]}, "q, k and v must be arrays, not list, "),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_one_sentence(given, message):
+    q, k, v = make(T=10)
+    with pytest.raises(ValueError, match=message):
+        attention.vertical_slash_attention(**{"q": q, "k": k, "v": v} | given)
+
+
 def test_gradient_is_refused_in_one_sentence():
     q, k, v = make(T=10)
     for run in (attention.dense_attention, attention.vertical_slash_attention):

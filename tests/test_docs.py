@@ -16,7 +16,11 @@ import pytest
 import minference_jax
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "build"} & set(path.relative_to(ROOT).parts)]
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part == "build" or part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
 README = ROOT / "README.md"
 BLOCK = re.compile(r"^(?P<marker><!--[^\n]*-->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")

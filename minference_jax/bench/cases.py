@@ -113,8 +113,11 @@ _SLASHES = tuple(
     for size, share, up_to in ((600, 0.97, 32768), (2048, 0.97, 131072), (6096, 0.98, None))
 )
 _LINE = Case(name="VS line", sizes=_SLASHES, lengths=(*SHORT, *MIDDLE, *LONG))
+_FIXED = dataclasses.replace(_SLASHES[1], up_to=None)
+_DENSE = Case(name="dense", sizes=(Sizes(pattern=Dense()),), lengths=(*SHORT, *MIDDLE))
 GPU_CASES = (
     _LINE,
+    dataclasses.replace(_LINE, name="VS line, fixed sizes", sizes=(_FIXED,), lengths=(*MIDDLE, LONG[-1])),
     dataclasses.replace(_LINE, name="VS block", slash_granularity="block"),
     Case(
         name="A-shape",
@@ -122,7 +125,8 @@ GPU_CASES = (
         lengths=(*SHORT, *MIDDLE, *LONG),
     ),
     Case(name="block-sparse", sizes=(Sizes(pattern=BlockSparse(num_blocks=1), density=0.1),), lengths=MIDDLE),
-    Case(name="dense", sizes=(Sizes(pattern=Dense()),), lengths=(*SHORT, *MIDDLE)),
+    _DENSE,
+    dataclasses.replace(_DENSE, name="dense, head_dim 256", head_dim=256, lengths=(32768,)),
     *(
         dataclasses.replace(_LINE, name=f"VS line, head_dim {head_dim}", head_dim=head_dim, lengths=(32768,))
         for head_dim in (64, 96, 256)
