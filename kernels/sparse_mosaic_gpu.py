@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from minference_jax.kernels.layouts import SparseLayout, everything
 from minference_jax.kernels.program_mosaic_gpu import CHUNK, COMPUTE, PRODUCER, Inputs, Program, bring_kernel
 from minference_jax.kernels.softmax import valid_rows
-from minference_jax.kernels.tiles import MOVES_REGISTERS, TileConfig, mosaic_gpu_stage_keys
+from minference_jax.kernels.tiles import TileConfig, mosaic_gpu_moves_registers, mosaic_gpu_stage_keys
 from minference_jax.kernels.warpgroup_mosaic_gpu import Warpgroup
 from minference_jax.kernels.warpgroup_steps import HALF, WHOLE, columns_of, listed_bounds, slash_steps
 from minference_jax.kernels.wide_mosaic_gpu import WideWarpgroup
@@ -150,7 +150,7 @@ def _inputs(k, v, layout: SparseLayout, *, q_offset, kv_len, q_len: int, tiles: 
 def _scratch(head_dim: int, stages: int, dtype: Any, has_columns: bool, has_votes: bool) -> dict[str, Any]:
     """Shared memory and barriers of one program."""
     chunks, stage_keys = -(-head_dim // CHUNK), mosaic_gpu_stage_keys(head_dim)
-    keys = stage_keys if MOVES_REGISTERS else HALF
+    keys = stage_keys if mosaic_gpu_moves_registers() else HALF
     slots = stages * stage_keys // keys
     raw = (plgpu.SwizzleTransform(128),)
     tiled = (plgpu.TilingTransform((8, CHUNK)), *raw)

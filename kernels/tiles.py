@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 DTYPES = ("float32", "bfloat16", "float16")  # of queries, keys and values
-MOVES_REGISTERS = jax.__version_info__ < (0, 12)
-"""Whether warpgroups of the Mosaic GPU kernel get registers from each other. From 0.12 on JAX compiles kernels with
-nvJitLink, for which ptxas makes what other code could be linked to: it ignores ``setmaxnreg`` then (and says so,
-C7504), and all threads keep the 168 that they start with."""
-MOSAIC_GPU_HEAD_DIM = 256 if MOVES_REGISTERS else 192
-"""The largest of the Mosaic GPU kernel; sums of more do not fit those registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +150,22 @@ def triton_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig:
     raise NotImplementedError(f"no tile of {head_dim=} fits the shared memory of {device.kind}")
 
 
+def mosaic_gpu_moves_registers() -> bool:
+    """Whether warpgroups of the Mosaic GPU kernel get registers from each other.
+
+    From 0.12 on JAX compiles kernels with nvJitLink, for which ptxas makes what other code could be linked to: it
+    ignores ``setmaxnreg`` then (and says so, C7504), and all threads keep the 168 that they start with.
+    """
+    import jax  # here: the command line knows tiles before it needs jax
+
+    return jax.__version_info__ < (0, 12)
+
+
+def mosaic_gpu_widest() -> int:
+    """The largest head_dim of the Mosaic GPU kernel: the sums of a larger one do not fit the registers."""
+    return 256 if mosaic_gpu_moves_registers() else 192
+
+
 def mosaic_gpu_stage_keys(head_dim: int) -> int:
     """Keys of a stage of the Mosaic GPU kernel: above a head_dim of 128 registers hold no more than 64 scores a row."""
     return 128 if head_dim <= 128 else 64
@@ -197,10 +205,10 @@ def mosaic_gpu_tiles(device: Device, head_dim: int, itemsize: int) -> TileConfig
     """
     if device.compute_capability != (9, 0):
         raise NotImplementedError(f"it needs an NVIDIA GPU of compute capability 9.0, not {device.kind}")
-    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= MOSAIC_GPU_HEAD_DIM:
+    if itemsize != 2 or head_dim % 8 or not 64 <= head_dim <= mosaic_gpu_widest():
         raise NotImplementedError(
             "it needs bfloat16 or float16 and a head_dim that is a multiple of 8 from 64 to 256, or to 192 from jax "
-            f"0.12 on, not {head_dim} in {itemsize} bytes with jax {jax.__version__}"
+            f"0.12 on, not {head_dim} in {itemsize} bytes"
         )
     choices = (TileConfig(num_stages=stages) for stages in (4, 3, 2))
     return next(x for x in choices if mosaic_gpu_shared_memory_bytes(x, head_dim) <= device.shared_memory)

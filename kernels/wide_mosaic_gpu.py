@@ -1,10 +1,10 @@
 """What a computing warpgroup of the Mosaic GPU kernel does where registers are few: 64 queries, 64 keys at a time.
 
 Where head_dim is above 128, the sums of weight * value alone take half of a thread's registers and more; and where
-threads get no more than they start with (``MOVES_REGISTERS``), few are left at any head_dim. So the scores of half a
-step, their softmax and the product with the values follow each other, and each half has a slot of shared memory to
-itself. The warpgroup has the turn at the tensor cores from the values of one half to the scores of the next; in between
-the other has it.
+threads get no more than they start with (``mosaic_gpu_moves_registers``), few are left at any head_dim. So the scores
+of half a step, their softmax and the product with the values follow each other, and each half has a slot of shared
+memory to itself. The warpgroup has the turn at the tensor cores from the values of one half to the scores of the next;
+in between the other has it.
 
 Barriers of optimization keep addresses from being held in registers from step to step.
 """

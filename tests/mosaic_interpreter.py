@@ -87,7 +87,7 @@ def interpreted(moves_registers=True):
             patch.setattr(module, "pl", _with(pl, run_state=_run_state))
             patch.setattr(module, "plgpu", _with(plgpu, **products))
         patch.setattr(sparse_mosaic_gpu, "plgpu", _with(plgpu, kernel=_kernel, RefUnion=lambda *views: views))
-        patch.setattr(sparse_mosaic_gpu, "MOVES_REGISTERS", moves_registers)
+        patch.setattr(sparse_mosaic_gpu, "mosaic_gpu_moves_registers", lambda: moves_registers)
         patch.setattr(program_mosaic_gpu, "_bring", _bring)
         yield
 

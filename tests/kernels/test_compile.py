@@ -12,10 +12,10 @@ from deviceless import CARDS, Case, available, compile_cases
 from minference_jax.kernels import mass_triton, select_triton, sparse_mosaic_gpu, sparse_triton
 from minference_jax.kernels.layouts import SparseLayout
 from minference_jax.kernels.tiles import (
-    MOSAIC_GPU_HEAD_DIM,
     Device,
     TileConfig,
     mosaic_gpu_tiles,
+    mosaic_gpu_widest,
     shared_memory_bytes,
     triton_tiles,
 )
@@ -96,12 +96,12 @@ def mosaic():
         (64, 128, "bfloat16"),
         (64, 192, "bfloat16"),
     )
-    wide = ((64, 256, "bfloat16"), (128, 256, "float16")) if MOSAIC_GPU_HEAD_DIM == 256 else ()
+    wide = ((64, 256, "bfloat16"), (128, 256, "float16")) if mosaic_gpu_widest() == 256 else ()
     for size, head_dim, dtype in (*some, *wide, (128, 128, "bfloat16")):
         tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=size, block_kv=size)
         name = f"mosaic, {size} x {size}, {dtype}, head_dim {head_dim}"
         yield attention_case(name, tiles, head_dim, dtype, kernel=sparse_mosaic_gpu)
-    for head_dim in (128, MOSAIC_GPU_HEAD_DIM):
+    for head_dim in (128, mosaic_gpu_widest()):
         tiles = dataclasses.replace(mosaic_gpu_tiles(device_of("h100"), head_dim, 2), block_q=128, block_kv=128)
         name = f"mosaic that skips, head_dim {head_dim}"
         yield attention_case(name, tiles, head_dim, "bfloat16", kernel=sparse_mosaic_gpu, skip_threshold=1e-3)
