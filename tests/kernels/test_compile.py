@@ -167,7 +167,7 @@ def test_mosaic_kernels_compile_without_spills_and_their_products_run_on(mosaic_
     report = mosaic_reports[name]
     assert report.error is None
     assert 0 < report.registers <= 255
-    assert report.spill_bytes <= (64 if name == "mosaic that skips, head_dim 128" else 0), report  # a vote costs some
+    assert report.spill_bytes <= (128 if "skips" in name else 0), report  # a vote, off by default, costs registers
     assert not report.serialized
 
 
