@@ -112,6 +112,7 @@ SPILLING = with_tiles("far too few warps", block_q=64, block_kv=32, num_warps=1)
 TOO_LARGE = with_tiles("far too large", block_q=256, block_kv=256, num_warps=8)
 NO_KERNEL = Case("no kernel", jnp.cumsum, (array(4),))
 MOSAIC = list(mosaic())
+SPILLED_BY_VOTES = {"mosaic that skips, head_dim 128": 64, "mosaic that skips, head_dim 192": 128}
 CASES_A100 = list(chosen("a100"))
 CASES_H100 = [*chosen("h100"), SPILLING, TOO_LARGE, NO_KERNEL]
 CASES = [case.name for case in CASES_A100]
@@ -167,7 +168,7 @@ def test_mosaic_kernels_compile_without_spills_and_their_products_run_on(mosaic_
     report = mosaic_reports[name]
     assert report.error is None
     assert 0 < report.registers <= 255
-    assert report.spill_bytes <= (128 if "skips" in name else 0), report  # a vote, off by default, costs registers
+    assert report.spill_bytes <= SPILLED_BY_VOTES.get(name, 0), report
     assert not report.serialized
 
 

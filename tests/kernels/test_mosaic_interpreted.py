@@ -28,13 +28,15 @@ CASES = {
     "few registers": {"H": 64, "stages": 2, "moves_registers": False},
     "head_dim 256": {"H": 256, "stages": 2},
     "head_dim 192, unequal lengths": {"H": 192, "stages": 3, "T": 200, "S": 200, "lengths": [[0, 200], [0, 70]]},
+    "head_dim 256, a threshold below all": {"H": 256, "stages": 2, "skip_threshold": 1e-30},
+    "a threshold below all": {"H": 64, "stages": 4, "skip_threshold": 1e-30},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_computes_exactly_what_its_layout_keeps_and_has_no_races(name):
-    case = {"T": 64, "S": 300, "lengths": [[236, 300]], "size": 64, "dtype": "bfloat16", "moves_registers": True}
-    case |= CASES[name]
+    case = {"T": 64, "S": 300, "lengths": [[236, 300]], "size": 64, "dtype": "bfloat16"}
+    case |= {"moves_registers": True, "skip_threshold": None} | CASES[name]
     size, lengths = case["size"], np.array(case["lengths"], np.int32)
     rng = np.random.default_rng(0)
     shapes = [(len(lengths), *shape) for shape in ((case["T"], 3, case["H"]), *[(case["S"], 1, case["H"])] * 2)]
@@ -47,7 +49,9 @@ def test_it_computes_exactly_what_its_layout_keeps_and_has_no_races(name):
     how = {"max_num_blocks": 8, "max_num_columns": case["S"], "kernels": entry.estimate, "slash_granularity": "line"}
     layout = build_layout(q, k, pattern, scale=0.1, **where, **how)
     with mosaic_interpreter.interpreted(case["moves_registers"]):
-        out, lse = sparse_mosaic_gpu.attention(q, k, v, layout, scale=0.1, **where)
+        out, lse = sparse_mosaic_gpu.attention(
+            q, k, v, layout, scale=0.1, skip_threshold=case["skip_threshold"], **where
+        )
     mask = layout_mask(layout, where["q_offset"], where["kv_len"], case["T"], case["S"], where["tiles"])
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
     expected, expected_lse = reference.attention(*exact, mask, scale=0.1)
