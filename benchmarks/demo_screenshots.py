@@ -21,6 +21,7 @@ def run(page: Page) -> None:
     page.click("#run")
     finish(page)
     page.click("#example button >> nth=0")
+    page.wait_for_timeout(500)  # a field that was just drawn is given its first value once more
     page.fill("#length input[type=number]", str(LONGER))
     page.press("#length input[type=number]", "Enter")
     page.click("#make")

@@ -24,12 +24,14 @@ class Example(NamedTuple):
         question: that only the needle answers.
         number: the answer.
         tokens: of text and question as the model reads them.
+        length: most tokens, as asked for.
     """
 
     text: str
     question: str
     number: str
     tokens: int
+    length: int
 
 
 def prose() -> str:
@@ -72,4 +74,4 @@ def make_example(model: LanguageModel, length: int, depth: float, seed: int = 0)
     count = len(ends)
     if tokens(count) > length:
         count = most_that_fit(tokens, length, most=len(ends), what="example")
-    return Example(hidden(count), question, number, tokens(count))
+    return Example(hidden(count), question, number, tokens(count), length)

@@ -120,7 +120,7 @@ def _inputs(gr: Any, service: Service, attention: ChosenAttention, example: Exam
     upload = gr.UploadButton("Upload txt, md or pdf", size="sm", elem_id="upload")  # the server says what it takes
     with gr.Accordion("Example with a hidden number", open=False, elem_id="example"):
         most = service.settings.max_prompt_tokens
-        length = gr.Slider(min(256, most), most, example.tokens, step=1, label="tokens", buttons=[], elem_id="length")
+        length = gr.Slider(min(256, most), most, example.length, step=1, label="tokens", buttons=[], elem_id="length")
         depth = gr.Slider(0, 1, 0.5, step=0.05, label="depth: 0 is the beginning", buttons=[], elem_id="depth")
         make = gr.Button("Take this example", size="sm", elem_id="make")
     with gr.Accordion("Model and attention", open=False, elem_id="attention"):
