@@ -72,9 +72,15 @@ class Program(NamedTuple):
 
     @property
     def place(self) -> tuple[Array, Array, Array]:
-        """Sequence, head and tile; of a head the longest tiles come first."""
-        sequence, head, turn = (lax.axis_index(name) for name in ("sequence", "head", "tile"))
-        return sequence, head, self.lse.shape[2] // WHOLE - 1 - turn
+        """Sequence, head and tile.
+
+        Of a KV head the longest tiles come first, each for all query heads: programs that run beside each other find
+        more of their keys in the cache.
+        """
+        sequence, kv_head, turn = (lax.axis_index(name) for name in ("sequence", "kv_head", "turn"))
+        group_size = jnp.int32(self.group_size)
+        head = kv_head * group_size + lax.rem(turn, group_size)
+        return sequence, head, self.lse.shape[2] // WHOLE - 1 - lax.div(turn, group_size)
 
     @property
     def start(self) -> Array:
@@ -106,7 +112,7 @@ class Program(NamedTuple):
 
     def head_dims(self, chunk: int) -> Any:
         """A part of head_dim, zeros where it ends: only a start that is not static may leave less than a chunk."""
-        return pl.ds(lax.axis_index("tile") * 0 + chunk * CHUNK, CHUNK)
+        return pl.ds(lax.axis_index("turn") * 0 + chunk * CHUNK, CHUNK)
 
 
 class Part(NamedTuple):
@@ -218,7 +224,7 @@ def _bring(program: Program, part: Part, place: Array, number: Array) -> None:
     if part.of_columns:
         k_from, v_from, rows, _ = (x.at[sequence, head] for x in inputs.columns)
     else:
-        kv_head = lax.div(head, jnp.int32(program.group_size))
+        kv_head = lax.axis_index("kv_head")
         k_from, v_from = (x.at[sequence, :, kv_head] for x in (program.k, program.v))
     for piece, (source, name) in itertools.product(range(WHOLE // width), ((k_from, "k"), (v_from, "v"))):
         slot = slots[piece]

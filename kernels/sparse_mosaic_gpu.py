@@ -111,8 +111,8 @@ def attention(
             jax.ShapeDtypeStruct((batch, num_heads, num_tiles * WHOLE), jnp.float32),
         ),
         scratch_types=tuple(scratch.values()),
-        grid=(batch, num_heads, num_tiles),
-        grid_names=("sequence", "head", "tile"),
+        grid=(batch, k.shape[2], num_tiles * chosen["group_size"]),
+        grid_names=("sequence", "kv_head", "turn"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
